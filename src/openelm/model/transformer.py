@@ -1,0 +1,213 @@
+"""The OpenELM transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU; every layer with its own widths.
+
+Shapes: B batch, T tokens, D model_dim, H query heads, G key/value heads, K head_dim, F FFN width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openelm.model.cache import Cache
+from openelm.model.geometry import ModelConfig
+from openelm.model.loss import fused_cross_entropy
+
+NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in fp32, the gain applied after the cast back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS) * self.weight
+
+
+def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in fp32 for ``positions`` (any shape): each (*positions.shape, head_dim)."""
+    inverse = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on the two halves of each head, computed in fp32."""
+    x = x_BHTK.float()
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x_BHTK)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, model_dim: int, query_heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
+        self.qkv_proj = nn.Linear(model_dim, (query_heads + 2 * kv_heads) * head_dim, bias=False)
+        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.out_proj = nn.Linear(query_heads * head_dim, model_dim, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], layer: int, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        H, G, K = self.query_heads, self.kv_heads, self.head_dim
+        qkv_BTNK = self.qkv_proj(x_BTD).unflatten(-1, (-1, K))
+        q_BHTK, k_BGTK, v_BGTK = (part.transpose(1, 2) for part in qkv_BTNK.split((H, G, G), dim=2))
+        q_BHTK = rotate(self.q_norm(q_BHTK), *rope)
+        k_BGTK = rotate(self.k_norm(k_BGTK), *rope)
+        # Only a first token row sees a square: later ones need the mask that the caller made.
+        causal = mask is None and q_BHTK.shape[2] > 1
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.append(layer, k_BGTK, v_BGTK)
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=H != G
+        )
+        return self.out_proj(out_BHTK.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``proj_1`` holds gate and up stacked."""
+
+    def __init__(self, model_dim: int, width: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Linear(model_dim, 2 * width, bias=False)
+        self.proj_2 = nn.Linear(width, model_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, up_BTF = self.proj_1(x_BTD).chunk(2, dim=-1)
+        return self.proj_2(F.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """One layer, normalised before each half."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn_norm = RMSNorm(config.model_dim)
+        self.attn = Attention(
+            config.model_dim,
+            config.num_query_heads[layer],
+            config.num_kv_heads[layer],
+            config.head_dim,
+            config.normalize_qk_projections,
+        )
+        self.ffn_norm = RMSNorm(config.model_dim)
+        self.ffn = FeedForward(config.model_dim, config.ffn_dims[layer])
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rope, self.layer, mask, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class OpenELM(nn.Module):
+    """A decoder-only language model with layer-wise scaling; parameter names are CoreNet's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_transformer_layers))
+        self.norm = RMSNorm(config.model_dim)
+        if not config.share_input_output_layers:
+            self.classifier = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.activation_checkpointing = False
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The (V, D) matrix of the output layer: the embedding itself where it is shared."""
+        if self.config.share_input_output_layers:
+            return self.token_embeddings.weight
+        return self.classifier.weight
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments_BT: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The (B, T, D) states that the output layer reads.
+
+        ``segments_BT`` keeps attention within runs of equal numbers. ``positions`` (T or B, T) and ``mask``
+        (broadcast to B, 1, T, all keys; True attends) replace the usual 0, 1, 2, … and the causal square; with a
+        ``cache`` both follow its length, and the caller adds T to ``cache.length`` afterwards.
+        """
+        T, past = tokens_BT.shape[1], cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens_BT.device)
+        if mask is None and segments_BT is not None:
+            same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+            mask = same_BTT.tril()[:, None]
+        elif mask is None and past and T > 1:
+            keys = torch.arange(past + T, device=tokens_BT.device)
+            mask = keys <= positions[..., None]
+            mask = mask[:, None] if mask.dim() == 3 else mask
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_freq_constant)
+        if positions.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]
+        x_BTD = self.token_embeddings(tokens_BT)
+        for block in self.layers:
+            if self.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, (cos, sin), mask, cache, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, (cos, sin), mask, cache)
+        return self.norm(x_BTD)
+
+    @overload
+    def forward(
+        self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None, *, z_loss_weight: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        z_loss_weight: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V); with ``targets`` (B, T; -100 is ignored) the summed cross-entropy in nats.
+
+        With ``z_loss_weight`` too, the pair (cross-entropy + weighted z-loss, the z-loss in it), summed over valid
+        targets. The loss is computed here, chunk by chunk, so that all logits never exist at once.
+        """
+        x_BTD = self.hidden(tokens, segments_BT=segments)
+        if targets is None:
+            return F.linear(x_BTD, self.output_weight)
+        total, z_loss = fused_cross_entropy(
+            x_BTD.flatten(0, 1), self.output_weight, targets.flatten(), z_loss_weight or 0.0
+        )
+        return total if z_loss_weight is None else (total, z_loss)
+
+
+def init_weights(model: OpenELM, seed: int) -> None:
+    """Fill ``model`` in place, as CoreNet does: normal, by fan-in; what writes to the residual stream smaller by depth.
+
+    Each tensor has a generator of its own, seeded by its name's place: the same values whatever else is drawn.
+    """
+    config = model.config
+    depth = (2 * config.num_transformer_layers) ** -0.5
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+            continue
+        std = parameter.shape[1] ** -0.5
+        if name.endswith(("out_proj.weight", "proj_2.weight")):
+            std = config.model_dim**-0.5 * depth
+        generator = torch.Generator(device=parameter.device).manual_seed(seed * 100_003 + index)
+        nn.init.normal_(parameter, std=std, generator=generator)

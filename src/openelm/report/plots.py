@@ -1,0 +1,194 @@
+"""The pictures of a report: each function draws one PNG, in the colours of the light or the dark page."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openelm.errors import UserError
+
+DOTS_PER_INCH = 160
+WIDE, SMALL = (5.4, 3.1), (3.6, 2.2)  # inches, width and height
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours that the page's style sheet and its pictures share."""
+
+    page: str
+    card: str
+    ink: str
+    muted: str
+    line: str
+    accent: str
+    second: str
+    soft: str
+
+
+LIGHT = Theme("#f6f6f3", "#ffffff", "#1d2126", "#656c75", "#e2e3e0", "#1f6a8c", "#b5562a", "#c3dbe6")
+DARK = Theme("#121417", "#1b1e22", "#e6e7e3", "#9aa1a9", "#30353b", "#6cb6d6", "#e2945f", "#2d5062")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity along the run; `references` are horizontal lines, label -> value."""
+
+    title: str
+    x: Sequence[float]
+    y: Sequence[float]
+    x_label: str = "tokens seen"
+    references: Mapping[str, float] = field(default_factory=dict)
+    smooth: bool = False
+    markers: bool = False
+    from_zero: bool = False
+    size: tuple[float, float] = WIDE
+
+
+def require_matplotlib() -> None:
+    """Refuse early, and with the remedy, when the optional plotting library is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "a report is drawn with matplotlib, which is not installed: pip install 'openelm-framework[plot]'"
+        ) from error
+
+
+def draw_curve(curve: Curve, theme: Theme) -> bytes:
+    """Draw a line along the run; where the values scatter, pale under their running mean."""
+    figure, axes = _axes(curve.size, theme, curve.title)
+    if curve.smooth and len(curve.y) >= 8:
+        axes.plot(curve.x, curve.y, color=theme.accent, alpha=0.28, linewidth=0.9)
+        axes.plot(curve.x, running_mean(curve.y), color=theme.accent, linewidth=1.8)
+    else:
+        # A lone value makes no line: it is seen as a dot.
+        marker = "o" if curve.markers or len(curve.y) == 1 else ""
+        axes.plot(curve.x, curve.y, color=theme.accent, linewidth=1.8, marker=marker, markersize=3.5)
+    axes.margins(x=0.02, y=0.10)
+    if curve.from_zero:
+        axes.set_ylim(bottom=0)
+    _draw_references(axes, curve.references, theme)
+    axes.set_xlabel(curve.x_label, color=theme.muted)
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.xaxis.get_major_locator().set_params(nbins=5)
+    axes.yaxis.get_major_locator().set_params(nbins=5)
+    return _png(figure, theme)
+
+
+def _draw_references(axes: Any, references: Mapping[str, float], theme: Theme) -> None:
+    """Dashed lines with their label and value at the right, above the line."""
+    for label, value in references.items():
+        axes.axhline(value, color=theme.second, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{label}  {value:.2f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            color=theme.second,
+            fontsize=8,
+        )
+    if references:
+        low, high = axes.get_ylim()
+        # The label of the highest line stands above it and needs room.
+        room = 0.09 * (high - low)
+        axes.set_ylim(min(low, min(references.values()) - room), max(high, max(references.values()) + room))
+
+
+def draw_bars(title: str, values: Mapping[str, float], own: Sequence[str], theme: Theme) -> bytes:
+    """Draw a horizontal bar per value, first on top; the bars named in `own` are the run's."""
+    figure, axes = _axes((5.4, 0.75 + 0.36 * len(values)), theme, title)
+    labels = list(values)
+    colours = [theme.accent if label in own else theme.muted for label in labels]
+    bars = axes.barh(labels, [values[label] for label in labels], color=colours, height=0.62)
+    axes.bar_label(bars, fmt="%.2f", padding=5, color=theme.ink, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", labelcolor=theme.ink)
+    return _png(figure, theme)
+
+
+def draw_layers(
+    title: str,
+    widths: Sequence[float],
+    theme: Theme,
+    inner: Sequence[float] = (),
+    labels: tuple[str, str] = ("", ""),
+) -> bytes:
+    """Draw a bar per layer, input side first, and the uniform model's constant as a dashed outline.
+
+    `inner` is a part of each bar, drawn dark in front of it; `labels` name the whole and the part.
+    """
+    figure, axes = _axes(WIDE, theme, title)
+    layers = range(1, len(widths) + 1)
+    uniform = sum(widths) / len(widths)
+    axes.bar(layers, widths, width=0.78, color=theme.soft if inner else theme.accent, label=labels[0] or None)
+    if inner:
+        axes.bar(layers, inner, width=0.78, color=theme.accent, label=labels[1])
+    axes.stairs(
+        [uniform] * len(widths),
+        [edge + 0.5 for edge in range(len(widths) + 1)],
+        color=theme.second,
+        linewidth=1.4,
+        linestyle=(0, (4, 3)),
+        label=f"uniform, {short_number(uniform)}",
+    )
+    axes.legend(loc="upper left", fontsize=8, frameon=False, labelcolor=theme.ink, handlelength=1.4)
+    axes.set_ylim(0, 1.42 * max(widths))  # room for the legend above the input's low bars
+    axes.set_xlim(0.4, len(widths) + 0.6)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=8)
+    axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("layer, input to output", color=theme.muted)
+    return _png(figure, theme)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over the last thirtieth of the points up to each; values that are no number are left out."""
+    span = max(2, len(values) // 30)
+    means = []
+    for end in range(1, len(values) + 1):
+        window = [value for value in values[max(0, end - span) : end] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def short_number(value: float) -> str:
+    """At most three significant digits and a letter: 4.93M, 812k, 0.0012."""
+    # The half below each limit keeps 999,600 from becoming 1e+03k.
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _axes(size: tuple[float, float], theme: Theme, title: str) -> tuple[Any, Any]:
+    """Return a figure and its axes: title at the left, quiet grid, no box."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor=theme.card, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=theme.card)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=theme.ink, pad=9)
+    axes.grid(axis="y", color=theme.line, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.line)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=5)
+    axes.xaxis.label.set_fontsize(8.5)
+    return figure, axes
+
+
+def _png(figure: Any, theme: Theme) -> bytes:
+    buffer = io.BytesIO()
+    # No software name in the file, so that the same run gives the same bytes.
+    figure.savefig(buffer, format="png", facecolor=theme.card, metadata={"Software": None})
+    return buffer.getvalue()
