@@ -23,7 +23,7 @@ _HOMES = {
     "Tokenizer": "openelm.data.tokenizer",
     "UserError": "openelm.errors",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,19 +43,24 @@ def save_model(
     folder exists and ``overwrite`` is off.
     """
     dtype = dtype or model.token_embeddings.weight.dtype
-    tensors = {to_folder_name(name): tensor for name, tensor in model.state_dict().items()}
     with whole_folder(Path(folder), overwrite=overwrite) as draft:
-        _write_json(draft / "config.json", config_to_folder(model.config, dtype))
-        _write_json(
-            draft / "generation_config.json",
-            {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id},
-        )
-        _write_tensors(draft, tensors, dtype)
+        write_model(draft, model.config, model.state_dict(), dtype)
         if tokenizer is not None:
             tokenizer.save(draft)
         if card:
             (draft / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)
+
+
+def write_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write config.json, generation_config.json and the tensors into a folder that is there already.
+
+    ``weights`` go by their names inside the package.
+    """
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    _write_json(folder / "config.json", config_to_folder(config, dtype))
+    _write_json(folder / "generation_config.json", ends)
+    _write_tensors(folder, {to_folder_name(name): tensor for name, tensor in weights.items()}, dtype)
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> OpenELM:

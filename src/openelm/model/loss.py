@@ -24,6 +24,8 @@ def fused_cross_entropy(
 
     Targets of -100 count nothing. The z-loss is ``z_weight * logsumexp(logits)**2``. Both results are fp32 scalars.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad does not know of it, and gradients cost twice the loss
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     total, z_loss = _FusedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight)
     return total, z_loss
 

@@ -1,9 +1,13 @@
-"""The pictures of a report: each function draws one PNG, in the colours of the light or the dark page."""
+"""The pictures of a report: drawn as PNG in the colours of the light or the dark page, kept and embedded."""
 
+import base64
+import html
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from openelm.errors import UserError
@@ -24,6 +28,9 @@ class Theme:
     accent: str
     second: str
     soft: str
+
+    def css(self) -> str:
+        return " ".join(f"--{name}: {colour};" for name, colour in asdict(self).items())
 
 
 LIGHT = Theme("#f6f6f3", "#ffffff", "#1d2126", "#656c75", "#e2e3e0", "#1f6a8c", "#b5562a", "#c3dbe6")
@@ -66,6 +73,7 @@ def draw_curve(curve: Curve, theme: Theme) -> bytes:
         marker = "o" if curve.markers or len(curve.y) == 1 else ""
         axes.plot(curve.x, curve.y, color=theme.accent, linewidth=1.8, marker=marker, markersize=3.5)
     axes.margins(x=0.02, y=0.10)
+    axes.set_xlim(left=0)  # one origin for all curves of a run
     if curve.from_zero:
         axes.set_ylim(bottom=0)
     _draw_references(axes, curve.references, theme)
@@ -78,24 +86,27 @@ def draw_curve(curve: Curve, theme: Theme) -> bytes:
 
 
 def _draw_references(axes: Any, references: Mapping[str, float], theme: Theme) -> None:
-    """Dashed lines with their label and value at the right, above the line."""
+    """Dashed lines with their label and value, set where a falling curve is not."""
+    if not references:
+        return
+    low, high = axes.get_ylim()
+    low, high = min(low, *references.values()), max(high, *references.values())
+    room = 0.10 * (high - low)
+    axes.set_ylim(low - room, high + room)
     for label, value in references.items():
         axes.axhline(value, color=theme.second, linewidth=1.1, linestyle=(0, (4, 3)))
+        lower = value < (low + high) / 2  # the curve comes down from the left to end near this line
         axes.annotate(
             f"{label}  {value:.2f}",
-            (1, value),
+            (0 if lower else 1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
+            xytext=(3, -4) if lower else (-3, 4),
             textcoords="offset points",
-            ha="right",
+            ha="left" if lower else "right",
+            va="top" if lower else "bottom",
             color=theme.second,
             fontsize=8,
         )
-    if references:
-        low, high = axes.get_ylim()
-        # The label of the highest line stands above it and needs room.
-        room = 0.09 * (high - low)
-        axes.set_ylim(min(low, min(references.values()) - room), max(high, max(references.values()) + room))
 
 
 def draw_bars(title: str, values: Mapping[str, float], own: Sequence[str], theme: Theme) -> bytes:
@@ -115,19 +126,15 @@ def draw_bars(title: str, values: Mapping[str, float], own: Sequence[str], theme
 
 
 def draw_layers(
-    title: str,
-    widths: Sequence[float],
-    theme: Theme,
-    inner: Sequence[float] = (),
-    labels: tuple[str, str] = ("", ""),
+    title: str, widths: Sequence[float], inner: Sequence[float], labels: tuple[str, str], theme: Theme
 ) -> bytes:
     """Draw a bar per layer, input side first, and the uniform model's constant as a dashed outline.
 
-    `inner` is a part of each bar, drawn dark in front of it; `labels` name the whole and the part.
+    `inner` is a part of each bar, drawn dark in front of it, or empty; `labels` name the whole and the part.
     """
     figure, axes = _axes(WIDE, theme, title)
     layers = range(1, len(widths) + 1)
-    uniform = sum(widths) / len(widths)
+    uniform = mean(widths)
     axes.bar(layers, widths, width=0.78, color=theme.soft if inner else theme.accent, label=labels[0] or None)
     if inner:
         axes.bar(layers, inner, width=0.78, color=theme.accent, label=labels[1])
@@ -150,12 +157,14 @@ def draw_layers(
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over the last thirtieth of the points up to each; values that are no number are left out."""
-    span = max(2, len(values) // 30)
+    """Mean over the points around each, a thirtieth of all; values that are no number are left out."""
+    reach = max(1, len(values) // 60)
     means = []
-    for end in range(1, len(values) + 1):
-        window = [value for value in values[max(0, end - span) : end] if math.isfinite(value)]
-        means.append(sum(window) / len(window) if window else math.nan)
+    for index in range(len(values)):
+        # Alike on both sides, so that the mean of a falling curve does not lag behind it.
+        near = min(reach, index, len(values) - 1 - index)
+        window = [value for value in values[index - near : index + near + 1] if math.isfinite(value)]
+        means.append(mean(window) if window else math.nan)
     return means
 
 
@@ -166,6 +175,46 @@ def short_number(value: float) -> str:
         if abs(value) >= limit * 0.9995:
             return f"{value / limit:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def duration(elapsed_s: float) -> str:
+    """Two units at most: 2 h 05 min, 4 min 10 s, 12 s."""
+    minutes, second = divmod(round(elapsed_s), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minute:02d} min"
+    return f"{minute} min {second:02d} s" if minute else f"{second} s"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def embed(folder: Path, name: str, draw: Callable[[Theme], bytes], alt: str, caption: str = "") -> str:
+    """Draw for both pages, keep the light one as folder/name.png, and return both within a <figure>."""
+    light, dark = draw(LIGHT), draw(DARK)
+    write(folder / f"{name}.png", light)
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
+        f'<img src="{_data_uri(light)}" alt="{html.escape(alt)}"></picture>'
+        # No line break before an option's dash, as in "xz -9".
+        f"<figcaption>{html.escape(caption or alt).replace(' -', '&nbsp;-')}</figcaption></figure>"
+    )
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write beside and rename, so that no half of a file is ever found under its name."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _axes(size: tuple[float, float], theme: Theme, title: str) -> tuple[Any, Any]:

@@ -1,0 +1,5 @@
+"""`python -m openelm`."""
+
+from openelm.cli import main
+
+main()

@@ -1,0 +1,82 @@
+"""The command line: a command's name leads to its module, imported only when it is called; the only exit."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from openelm.errors import UserError
+
+COMMANDS = {
+    "info": "draw a geometry, count its parameters, FLOPs and bytes",
+    "tokenizer": "train a tokenizer, or look at one",
+    "data": "inspect, count or hash the text of a recipe",
+    "pretrain": "train a model from a recipe",
+    "average": "average the last checkpoints of a run into a model",
+    "generate": "continue a text",
+    "perplexity": "bits per byte and perplexity of any text",
+    "bench": "measure training and data speed against the machine's roof",
+    "report": "draw the report of a run",
+    "env": "show versions and hardware",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``openelm``; leaves with 0 done, 2 the user's error, 1 ours, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from openelm import __version__
+
+        print(f"openelm {__version__}")
+        return 0
+    show_traceback = "--traceback" in argv
+    argv = [word for word in argv if word != "--traceback"]
+    try:
+        return _call(argv[0], argv[1:])
+    except UserError as error:
+        if show_traceback:
+            raise
+        print(f"openelm {argv[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"openelm {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) left; so do we, without a second error at shutdown.
+        sys.stdout = None
+        return 0
+
+
+def overview() -> str:
+    """What ``openelm --help`` prints."""
+    lines = ["usage: openelm COMMAND [ARGUMENTS]", "", "Train, measure and run OpenELM models.", "", "commands:"]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    lines += ["", "openelm COMMAND --help explains a command; --traceback shows where an error arose."]
+    lines += ["Begin with: openelm pretrain demo"]
+    return "\n".join(lines)
+
+
+def _call(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no such command: did you mean `openelm {near}`? `openelm --help` lists them")
+    module = importlib.import_module(f"openelm.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"openelm {name}",
+        description=module.HELP,
+        epilog=f"example: {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(argv))
+    return code

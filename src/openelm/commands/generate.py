@@ -1,0 +1,135 @@
+"""openelm generate: continue a prompt, on standard output as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from openelm.errors import UserError
+
+if TYPE_CHECKING:
+    from openelm.infer.engine import Engine, Stream
+
+HELP = "Continue a prompt with a model, streaming the text."
+EXAMPLE = 'openelm generate runs/demo --prompt "def main(" --max-tokens 100 --temperature 0.8 --top-p 0.95'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``openelm generate``."""
+    parser.add_argument("model", metavar="MODEL", help="model folder, or run folder (its model/ is taken)")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: all of standard input)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest (default 0: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the fewest that reach probability P (default: 1)"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only those P times as likely as the likeliest (default: 0)",
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: avoid earlier tokens (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+    )
+    add_engine_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object at the end, instead of the text")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the model is computed; ``load_engine`` reads it."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: as the weights are)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine that MODEL, --dtype, --device and --threads ask for."""
+    import torch
+
+    from openelm.infer.engine import Engine
+    from openelm.model.folder import DTYPES
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads {args.threads} must be at least 1")
+        torch.set_num_threads(args.threads)
+    return Engine.load(args.model, dtype=DTYPES[args.dtype] if args.dtype else None, device=args.device)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write prompt and completion to standard output, speeds to standard error."""
+    from openelm.infer.engine import checked_stops
+    from openelm.infer.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    checked_stops(args.stop)
+    prompt = read_standard_input() if args.prompt is None else args.prompt
+    engine = load_engine(args)
+    stream = engine.stream(engine.tokenizer.encode(prompt), args.max_tokens, sampling, args.stop)
+    with quiet_when_closed():
+        if args.json:
+            print(json.dumps(_as_dict(prompt, "".join(stream), stream), ensure_ascii=False))
+        else:
+            print(prompt, end="", flush=True)
+            for piece in stream:
+                print(piece, end="", flush=True)
+            print()
+    stream.close()
+    print(_speeds(stream), file=sys.stderr)
+    return 0
+
+
+def read_standard_input() -> str:
+    """All of standard input, less the one newline that ``echo`` adds."""
+    if sys.stdin.isatty():
+        print("reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from error
+    return text.removesuffix("\n")
+
+
+@contextmanager
+def quiet_when_closed() -> Iterator[None]:
+    """End the block quietly when the reader of standard output (``| head``) has gone."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would fail again when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _as_dict(prompt: str, completion: str, stream: Stream) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "completion": completion,
+        "finish_reason": stream.finish_reason,
+        "prompt_tokens": stream.prompt_tokens,
+        "completion_tokens": len(stream.ids),
+        "prefill_s": stream.prefill_s,
+        "decode_s": stream.decode_s,
+        "decode_tokens_per_s": stream.decode_tokens_per_s,
+    }
+
+
+def _speeds(stream: Stream) -> str:
+    text = f"prompt: {stream.prompt_tokens} tokens, first token after {stream.prefill_s:.3f} s"
+    if stream.decode_tokens_per_s is not None:
+        text += f"; then {stream.decode_tokens_per_s:.1f} tokens/s"
+    return f"{text}; {len(stream.ids)} tokens, finish reason: {stream.finish_reason or 'closed'}"

@@ -1,0 +1,263 @@
+"""Recipe (YAML) and dotted overrides -> one frozen run config, with every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openelm.errors import UserError
+from openelm.model.geometry import ModelConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """Part of a recipe: frozen, and strict about what it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """A named size, any of its fields changed; or the fields of a new one."""
+
+    size: str | None = None
+    model_dim: int | None = None
+    num_transformer_layers: int | None = None
+    head_dim: int | None = None
+    num_gqa_groups: int | None = None
+    qkv_multipliers: float | tuple[float, ...] | None = None
+    ffn_multipliers: float | tuple[float, ...] | None = None
+    ffn_dim_divisor: int | None = None
+    vocab_size: int | None = None
+    max_context_length: int | None = None
+    rope_freq_constant: float | None = None
+    normalize_qk_projections: bool | None = None
+    share_input_output_layers: bool | None = None
+
+    def build(self, *, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
+        """The geometry; the vocabulary is the tokenizer's unless the recipe names another."""
+        given = {name: value for name, value in self.model_dump(exclude={"size"}).items() if value is not None}
+        given = {"vocab_size": vocab_size, "bos_token_id": bos_id, "eos_token_id": eos_id, **given}
+        if self.size:
+            return ModelConfig.from_name(self.size, **given)
+        return ModelConfig(**given)
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> ModelSection:
+        if not self.size and not (self.model_dim and self.num_transformer_layers):
+            raise ValueError("give model.size, or model.model_dim and model.num_transformer_layers")
+        return self
+
+
+class TokenizerSection(Section):
+    """A tokenizer that exists, or the size of one to be trained on the recipe's own text."""
+
+    path: str | None = None
+    vocab_size: int = Field(default=4096, ge=300)
+    train_bytes: int = Field(default=8_000_000, ge=1000)
+
+
+class SourceSection(Section):
+    """One source of text; `share` is its part of the mixture, in valid tokens."""
+
+    name: str
+    path: str
+    share: float = Field(default=1.0, ge=0)
+    text_key: str = "text"
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    on_invalid_utf8: Literal["repair", "skip"] = "repair"
+
+
+class DataSection(Section):
+    """From text to rows; the filters' defaults are the paper's."""
+
+    sources: tuple[SourceSection, ...] = Field(min_length=1)
+    row_length: int = Field(default=2048, ge=2)
+    packing: Literal["pack", "pad"] = "pack"
+    cross_pieces: bool = False
+    separate_pieces: bool = False
+    min_characters: int = Field(default=200, ge=0)
+    min_tokens: int = Field(default=256, ge=0)
+    split_words: int = Field(default=2048, ge=1)
+    repair_text: bool = True
+    shards: int = Field(default=64, ge=1)
+    held_out: float = Field(default=0.005, ge=0, lt=1)
+    validation_tokens: int = Field(default=100_000, ge=0)
+
+    @model_validator(mode="after")
+    def _sources_are_sound(self) -> DataSection:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources: names must differ, not {names}")
+        if not any(source.share for source in self.sources):
+            raise ValueError("data.sources: all shares are zero: at least one must be more")
+        return self
+
+
+class TrainSection(Section):
+    """Optimisation, schedule, and when what is written; the optimizer's defaults are the paper's."""
+
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    min_lr: float = Field(ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_init_lr: float = Field(default=1e-6, ge=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    z_loss: float = Field(default=1e-4, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    init_from: str | None = None
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_last: int = Field(default=5, ge=1)
+    milestone_every: int = Field(default=0, ge=0)
+    average_last: int = Field(default=5, ge=0)
+    validate_every: int = Field(default=500, ge=1)
+    sample_every: int = Field(default=500, ge=1)
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = Field(default=64, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainSection:
+        if self.global_batch % self.micro_batch:
+            near = max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch
+            raise ValueError(
+                f"train.global_batch={self.global_batch} rows is not a multiple of "
+                f"train.micro_batch={self.micro_batch}: use {near}, or change train.micro_batch"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}: lower it"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr={self.min_lr} must not be above train.lr={self.lr}")
+        return self
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes."""
+
+    name: str
+    seed: int = 0
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection
+    train: TrainSection
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
+    """A packaged recipe by name, or a YAML file by path, with ``a.b=value`` overrides.
+
+    Raises UserError with all problems and, for unknown keys, the nearest valid one.
+    """
+    data = _read(recipe)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} must have the form section.key=value, as train.steps=500")
+        try:
+            _set(data, key.split("."), yaml.safe_load(value), override)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not YAML ({error})") from error
+    return resolve(data, origin=recipe)
+
+
+def resolve(data: dict[str, Any], origin: str) -> RunConfig:
+    """A recipe's mapping as a checked, frozen config."""
+    try:
+        return RunConfig.model_validate(_numbers(data))
+    except ValidationError as error:
+        problems = [_problem(entry) for entry in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(problems)) from None
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = RECIPES / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
+    if not path.is_file():
+        near = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"recipe {recipe!r} is no file and no packaged recipe: {hint}There are {recipe_names()}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping with the sections model, tokenizer, data and train")
+    return data
+
+
+def _set(data: Any, keys: list[str], value: Any, override: str) -> None:
+    """Set a dotted key; whole numbers reach into lists (data.sources.0.share=2)."""
+    for key in keys[:-1]:
+        if isinstance(data, list):
+            data = _item(data, key, override)
+        else:
+            if not isinstance(data.get(key), dict | list):
+                data[key] = {}
+            data = data[key]
+    if isinstance(data, list):
+        _item(data, keys[-1], override)
+        data[int(keys[-1])] = value
+    else:
+        data[keys[-1]] = value
+
+
+def _item(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise UserError(f"override {override!r}: {key!r} must be a number from 0 to {len(items) - 1}")
+    return items[int(key)]
+
+
+def _numbers(data: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; a person who writes it means the number."""
+    if isinstance(data, dict):
+        return {key: _numbers(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_numbers(value) for value in data]
+    if isinstance(data, str) and data[:1].isdigit() and "e" in data.lower():
+        try:
+            return float(data)
+        except ValueError:
+            return data
+    return data
+
+
+def _problem(entry: Any) -> str:
+    key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("float", "tuple", "int")))
+    if entry["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _valid_keys(RunConfig), n=1, cutoff=0.0)[0]
+        return f"{key} is not a key: did you mean {near}?"
+    if entry["type"] == "missing":
+        return f"{key} is missing: it has no default"
+    if entry["type"] == "value_error":
+        return entry["msg"].removeprefix("Value error, ")
+    return f"{key}={entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _valid_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, entry in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = SourceSection if name == "sources" else entry.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += _valid_keys(inner, f"{prefix}{name}." + ("0." if name == "sources" else ""))
+    return keys

@@ -1,0 +1,165 @@
+"""From a run config to the parts of a run: tokenizer, token stream, held-out text, model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from openelm.config import RunConfig
+from openelm.data.held_out import HeldOut, held_out_set
+from openelm.data.packing import Packing
+from openelm.data.pieces import Preparation
+from openelm.data.sources import Source, find_units
+from openelm.data.stream import TokenStream, is_held_out
+from openelm.data.tokenizer import Tokenizer, train_tokenizer
+from openelm.data.walk import Blocks, NothingLeft, Walk
+from openelm.errors import UserError
+from openelm.model.folder import load_config, load_model
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM, init_weights
+
+
+def sources(config: RunConfig) -> list[Source]:
+    """The recipe's sources."""
+    return [Source(**section.model_dump()) for section in config.data.sources]
+
+
+def preparation(config: RunConfig) -> Preparation:
+    """The recipe's filters."""
+    data = config.data
+    return Preparation(data.min_characters, data.min_tokens, data.split_words, data.repair_text)
+
+
+def token_stream(config: RunConfig, tokenizer: Tokenizer) -> TokenStream:
+    """The rows of the run."""
+    data = config.data
+    return TokenStream(
+        sources(config),
+        tokenizer,
+        preparation(config),
+        Packing(data.row_length, data.packing, data.cross_pieces, data.separate_pieces),
+        seed=config.seed,
+        shards=data.shards,
+        held_out=data.held_out,
+    )
+
+
+def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut:
+    """The validation text of the run."""
+    return held_out_set(
+        sources(config),
+        tokenizer,
+        preparation(config),
+        config.data.row_length,
+        fraction=config.data.held_out,
+        max_tokens=config.data.validation_tokens,
+        seed=config.seed,
+    )
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that the recipe names, that of the model it begins from, or one trained on its own text.
+
+    A trained one is kept in the cache (OPENELM_CACHE, or ~/.cache/openelm) under the hash of what it depends on.
+    """
+    path = config.tokenizer.path or config.train.init_from
+    if path:
+        return Tokenizer.load(path)
+    units = [
+        (source.name, Path(unit.path).name, unit.part, unit.size_bytes)
+        for source in sources(config)
+        for unit in find_units(source)
+    ]
+    key = json.dumps([config.tokenizer.model_dump(), config.data.held_out, config.seed, units])
+    folder = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    model = folder / "tokenizer.model"
+    if not model.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(training_texts(config, config.tokenizer.train_bytes), model, config.tokenizer.vocab_size)
+    return Tokenizer.load(model)
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept."""
+    return Path(os.environ.get("OPENELM_CACHE") or Path.home() / ".cache" / "openelm")
+
+
+def training_texts(config: RunConfig, max_bytes: int) -> Iterator[str]:
+    """Documents of the training text in shuffled order, ``max_bytes`` in all, shared as the sources are mixed."""
+    total_share = sum(source.share for source in sources(config))
+    for index, source in enumerate(sources(config)):
+        left = max_bytes * source.share / total_share
+        walk = Walk(Blocks(source, find_units(source), lambda path: None), shard=0, shards=1, key=(config.seed, index))
+        while left > 0:
+            try:
+                found = walk.next()
+            except NothingLeft:
+                break
+            if found.after.epoch:
+                break
+            if found.text and not is_held_out(found.text, config.data.held_out):
+                yield found.text
+                left -= len(found.text)
+
+
+def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's geometry, checked against tokenizer, rows and the model that the run begins from."""
+    section = config.model
+    model = section.build(vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, beyond model.vocab_size={model.vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    if config.data.row_length > model.max_context_length:
+        raise UserError(
+            f"data.row_length={config.data.row_length} is more than model.max_context_length="
+            f"{model.max_context_length}: shorten the rows, or raise the context length"
+        )
+    if config.train.init_from:
+        start, _ = load_config(Path(config.train.init_from))
+        differing = [k for k, v in start.as_dict().items() if model.as_dict()[k] != v]
+        if start.betas == model.betas and start.alphas == model.alphas:
+            differing = [k for k in differing if k not in ("ffn_multipliers", "qkv_multipliers")]
+        if differing:
+            raise UserError(
+                f"train.init_from={config.train.init_from} differs from the recipe's model in "
+                + ", ".join(f"{k} ({start.as_dict()[k]} there, {model.as_dict()[k]} here)" for k in differing)
+                + ": set the recipe's model to the folder's"
+            )
+    return model
+
+
+def build_model(config: RunConfig, geometry: ModelConfig, device: torch.device) -> OpenELM:
+    """The model in fp32 with its first weights, the same on every device."""
+    if config.train.init_from:
+        model = load_model(config.train.init_from, dtype=torch.float32)
+        model.requires_grad_(True)
+    else:
+        model = OpenELM(geometry)
+        init_weights(model, config.seed)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model.train().to(device)
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, then Apple's GPU, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """What ``auto`` means here: bf16 wherever the hardware multiplies it, else fp32."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    if device.type == "cpu":
+        # Without AVX-512 or AMX, bf16 products are emulated at a few hundredths of the fp32 rate.
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
+    return torch.bfloat16
