@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from openelm.errors import UserError
@@ -40,7 +41,9 @@ def run(argv: list[str]) -> int:
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
     try:
-        return _call(argv[0], argv[1:])
+        code = _call(argv[0], argv[1:])
+        sys.stdout.flush()  # a reader that has gone is noticed here rather than at exit
+        return code
     except UserError as error:
         if show_traceback:
             raise
@@ -50,8 +53,8 @@ def run(argv: list[str]) -> int:
         print(f"openelm {argv[0]}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) left; so do we, without a second error at shutdown.
-        sys.stdout = None
+        # The reader (head, less) left; so do we. What is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from openelm.errors import UserError
@@ -80,14 +77,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_standard_input() if args.prompt is None else args.prompt
     engine = load_engine(args)
     stream = engine.stream(engine.tokenizer.encode(prompt), args.max_tokens, sampling, args.stop)
-    with quiet_when_closed():
-        if args.json:
-            print(json.dumps(_as_dict(prompt, "".join(stream), stream), ensure_ascii=False))
-        else:
-            print(prompt, end="", flush=True)
-            for piece in stream:
-                print(piece, end="", flush=True)
-            print()
+    if args.json:
+        print(json.dumps(_as_dict(prompt, "".join(stream), stream), ensure_ascii=False))
+    else:
+        print(prompt, end="", flush=True)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
     stream.close()
     print(_speeds(stream), file=sys.stderr)
     return 0
@@ -102,17 +98,6 @@ def read_standard_input() -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not UTF-8 (byte {error.start}): convert it first") from error
     return text.removesuffix("\n")
-
-
-@contextmanager
-def quiet_when_closed() -> Iterator[None]:
-    """End the block quietly when the reader of standard output (``| head``) has gone."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still buffered would fail again when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _as_dict(prompt: str, completion: str, stream: Stream) -> dict[str, object]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openelm.commands.generate import add_engine_arguments, load_engine, quiet_when_closed
+from openelm.commands.generate import add_engine_arguments, load_engine
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,12 +41,11 @@ def run(args: argparse.Namespace) -> int:
         for file, text in texts.items()
     }
     total = sum(list(scores.values())[1:], start=next(iter(scores.values())))
-    with quiet_when_closed():
-        if args.json:
-            files = [{"file": file, **_as_dict(score)} for file, score in scores.items()]
-            print(json.dumps({"files": files, "total": _as_dict(total)}, indent=1, ensure_ascii=False))
-        else:
-            print(_table({**scores, "all": total} if len(scores) > 1 else scores))
+    if args.json:
+        files = [{"file": file, **_as_dict(score)} for file, score in scores.items()]
+        print(json.dumps({"files": files, "total": _as_dict(total)}, indent=1, ensure_ascii=False))
+    else:
+        print(_table({**scores, "all": total} if len(scores) > 1 else scores))
     return 0
 
 

@@ -18,7 +18,8 @@ from openelm.train.schedule import Schedule
 
 # loss_fn(model, batch) -> (loss summed over the batch, metrics summed likewise)
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
-Probe = Callable[[int, nn.Module], list[dict[str, Any]]]
+# probe(step, model, account of the data) -> entries for metrics.jsonl
+Probe = Callable[[int, nn.Module, dict[str, Any]], list[dict[str, Any]]]
 
 
 class Weighed(Protocol):
@@ -103,7 +104,7 @@ def run(
                 },
             )
         for probe in probes:
-            for entry in probe(done, model):
+            for entry in probe(done, model, chunk.counts):
                 recorder.write(entry)
         if done % settings.checkpoint_every == 0 or done == settings.steps:
             save(done, tokens, chunk.snapshot)

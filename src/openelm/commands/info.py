@@ -1,0 +1,227 @@
+"""openelm info: a geometry drawn layer by layer, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openelm.errors import UserError
+
+if TYPE_CHECKING:
+    from openelm.config import RunConfig
+    from openelm.model.geometry import ModelConfig
+
+HELP = "Draw the layers of a model, and count its parameters, FLOPs and bytes."
+EXAMPLE = "openelm info 1.1B --vocab-size 32128"
+
+BAR_WIDTH = 24
+# mlx-lm's layout: each group of 64 weights has a 16 bit scale and a 16 bit bias.
+QUANTIZED_GROUP = 64
+BYTES_RULE = (
+    "float32 4 and bfloat16 2 bytes a parameter; 8 and 4 bit: every matrix in groups of "
+    f"{QUANTIZED_GROUP} weights with a 16 bit scale and bias each (8.5 and 4.5 bits a weight), norm gains in 16 bits"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``openelm info``."""
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a named size (270M), a model folder, a run folder, or a recipe; write ./270M for a folder of that name",
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="another vocabulary")
+    parser.add_argument("--max-context-length", type=int, metavar="N", help="another context length")
+    parser.add_argument(
+        "--qkv-multipliers", type=_multiplier, metavar="A[,B]", help="one number, or MIN,MAX (1 is the uniform model)"
+    )
+    parser.add_argument("--ffn-multipliers", type=_multiplier, metavar="A[,B]", help="one number, or MIN,MAX")
+    parser.add_argument("--json", action="store_true", help="all figures and lists as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the geometry, draw it, count it."""
+    name, config = find_geometry(args.target)
+    options = ("vocab_size", "max_context_length", "qkv_multipliers", "ffn_multipliers")
+    changes = {option: getattr(args, option) for option in options if getattr(args, option) is not None}
+    if changes:
+        config = config.changed(**changes)
+    figures = describe(name, config)
+    print(json.dumps(figures, indent=1) if args.json else draw(figures))
+    return 0
+
+
+def find_geometry(target: str) -> tuple[str, ModelConfig]:
+    """What ``target`` is called, and its geometry. Names come before paths."""
+    from openelm.config import load_recipe, recipe_names
+    from openelm.model.geometry import SIZES, ModelConfig
+
+    if target.removeprefix("OpenELM-") in SIZES:
+        return f"OpenELM-{target.removeprefix('OpenELM-')}", ModelConfig.from_name(target)
+    if target not in recipe_names() and Path(target).is_dir():
+        return target, _of_folder(Path(target))
+    if target in recipe_names() or Path(target).is_file():
+        config = load_recipe(target, [])
+        return f"recipe {target}", _of_model_section(config.model.model_dump(), _vocabulary(config))
+    raise UserError(
+        f"{target!r} is no named size ({', '.join(SIZES)}), no packaged recipe ({', '.join(recipe_names())}), and "
+        "there is no such file or folder: give one of these"
+    )
+
+
+def _of_folder(folder: Path) -> ModelConfig:
+    """Of a model folder, or of a run: its model, its newest checkpoint, or its config where there is neither yet."""
+    from openelm.model.folder import load_config
+
+    for candidate in (folder, folder / "model", *sorted(folder.glob("checkpoints/step_*"), reverse=True)):
+        if (candidate / "config.json").is_file():
+            return load_config(candidate)[0]
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is neither a model folder (config.json) nor a run folder (config.yaml)")
+    return _of_run_config(folder / "config.yaml")
+
+
+def _of_run_config(path: Path) -> ModelConfig:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        section = data["model"]
+        vocabulary = data.get("tokenizer", {}).get("vocab_size")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds no model section that can be read ({error!r}): is it a run's config?") from error
+    return _of_model_section(section, vocabulary)
+
+
+def _of_model_section(section: dict[str, Any], vocabulary: int | None) -> ModelConfig:
+    """From the fields of a recipe's model section; others, as a resolved config may hold, are left out."""
+    from dataclasses import fields
+
+    from openelm.model.geometry import ModelConfig
+
+    known = {field.name for field in fields(ModelConfig)}
+    given = {name: value for name, value in section.items() if name in known and value is not None}
+    if vocabulary is not None:
+        given = {"vocab_size": vocabulary, **given}
+    if section.get("size"):
+        return ModelConfig.from_name(section["size"], **given)
+    return ModelConfig(**given)
+
+
+def _vocabulary(config: RunConfig) -> int | None:
+    """Tokens that a recipe's model will have rows for, unless its model section says."""
+    if config.model.vocab_size is not None:
+        return None
+    path = config.tokenizer.path or config.train.init_from
+    if path:
+        from openelm.data.tokenizer import Tokenizer
+
+        return Tokenizer.load(path).vocab_size
+    return config.tokenizer.vocab_size
+
+
+def describe(name: str, config: ModelConfig) -> dict[str, Any]:
+    """All the figures, ready for JSON."""
+    norms = 2 * config.model_dim + (2 * config.head_dim if config.normalize_qk_projections else 0)
+    query_heads, ffn_dim = config.uniform_widths()
+    parameters, cache_bytes = config.num_parameters(), config.cache_bytes_per_token()
+    # Norm gains are all that is no matrix: those of the layers, and the last one.
+    gains = norms * config.num_transformer_layers + config.model_dim
+    return {
+        "name": name,
+        **config.as_dict(),
+        "ffn_dims": list(config.ffn_dims),
+        "layer_parameters": [matrices + norms for matrices in config.layer_matmul_parameters()],
+        "uniform": {"query_heads": query_heads, "ffn_dim": ffn_dim},
+        "parameters": parameters,
+        "matmul_parameters": config.matmul_parameters(),
+        "train_flops_per_token": config.train_flops_per_token(config.max_context_length),
+        "weight_bytes": {
+            "float32": 4 * parameters,
+            "bfloat16": 2 * parameters,
+            "8 bit": _quantized_bytes(parameters - gains, gains, bits=8),
+            "4 bit": _quantized_bytes(parameters - gains, gains, bits=4),
+        },
+        "weight_bytes_rule": BYTES_RULE,
+        "cache_bytes_per_token": cache_bytes,
+        "cache_bytes_at_full_context": cache_bytes * config.max_context_length,
+        "cache_dtype": "bfloat16",
+    }
+
+
+def _quantized_bytes(matrix_parameters: int, gains: int, *, bits: int) -> int:
+    return (matrix_parameters * bits + matrix_parameters * 32 // QUANTIZED_GROUP) // 8 + 2 * gains
+
+
+def draw(figures: dict[str, Any]) -> str:
+    """The layers, one a line, and the counts below them."""
+    full, mark = ("█", "│") if _can_print("█│") else ("#", "|")
+    uniform = figures["uniform"]
+    heads, ffn_dims = figures["num_query_heads"], figures["ffn_dims"]
+    lines = [
+        f"{figures['name']}: {len(heads)} layers, model_dim {figures['model_dim']:,}, head_dim {figures['head_dim']}, "
+        f"vocabulary {figures['vocab_size']:,}, context {figures['max_context_length']:,}",
+        "",
+        f"layer  query/kv heads{'':<{BAR_WIDTH - 4}}  FFN width{'':<{BAR_WIDTH - 2}}  parameters",
+    ]
+    rows = zip(heads, figures["num_kv_heads"], ffn_dims, figures["layer_parameters"], strict=True)
+    for layer, (query, kv, ffn, parameters) in enumerate(rows):
+        head_bar = bar(query, uniform["query_heads"], max(heads), full, mark)
+        ffn_bar = bar(ffn, uniform["ffn_dim"], max(ffn_dims), full, mark)
+        lines.append(f"{layer:>5}  {f'{query}/{kv}':>7} {head_bar}   {ffn:>6,} {ffn_bar}  {parameters:>10,}")
+    lines += [
+        "",
+        f"{mark} marks the uniform model of equal size: {uniform['query_heads']:.4g} query heads and an FFN of "
+        f"{uniform['ffn_dim']:,.0f} in every layer",
+        "",
+        *_counts(figures),
+    ]
+    return "\n".join(lines)
+
+
+def bar(value: float, uniform: float, largest: float, full: str, mark: str) -> str:
+    """A bar of at most BAR_WIDTH characters, with the uniform model's width marked in it or beyond it."""
+    filled = round(BAR_WIDTH * value / largest)
+    marked = min(BAR_WIDTH - 1, int(BAR_WIDTH * uniform / largest))
+    return "".join(mark if i == marked else full if i < filled else " " for i in range(BAR_WIDTH))
+
+
+def _counts(figures: dict[str, Any]) -> list[str]:
+    weights = ", ".join(f"{name} {readable_bytes(size)}" for name, size in figures["weight_bytes"].items())
+    per_token, whole = figures["cache_bytes_per_token"], figures["cache_bytes_at_full_context"]
+    rows = {
+        "parameters": f"{figures['parameters']:,}, of which {figures['matmul_parameters']:,} in matrix products",
+        "training": f"{figures['train_flops_per_token'] / 1e9:,.3f} GFLOP a token in rows of "
+        f"{figures['max_context_length']:,} (6 a matmul parameter, and causal attention)",
+        "weights": weights,
+        "cache": f"{readable_bytes(per_token)} a token, {readable_bytes(whole)} at full context "
+        f"({figures['cache_dtype']})",
+    }
+    lines = [f"{name:<12}{text}" for name, text in rows.items()]
+    return [*lines, "", f"Weights: {figures['weight_bytes_rule']}."]
+
+
+def readable_bytes(size: float) -> str:
+    """Three figures and a decimal unit."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+def _multiplier(text: str) -> float | tuple[float, ...]:
+    """``1.0`` is a number, ``0.5,4`` a pair; argparse reports what is neither."""
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
