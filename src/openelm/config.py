@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from openelm.errors import UserError
 from openelm.model.geometry import ModelConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+# A whole number, and nothing that only passes for one (true, "3").
+Int = Annotated[int, Strict()]
 
 
 class Section(BaseModel):
@@ -25,15 +30,15 @@ class ModelSection(Section):
     """A named size, any of its fields changed; or the fields of a new one."""
 
     size: str | None = None
-    model_dim: int | None = None
-    num_transformer_layers: int | None = None
-    head_dim: int | None = None
-    num_gqa_groups: int | None = None
+    model_dim: Int | None = None
+    num_transformer_layers: Int | None = None
+    head_dim: Int | None = None
+    num_gqa_groups: Int | None = None
     qkv_multipliers: float | tuple[float, ...] | None = None
     ffn_multipliers: float | tuple[float, ...] | None = None
-    ffn_dim_divisor: int | None = None
-    vocab_size: int | None = None
-    max_context_length: int | None = None
+    ffn_dim_divisor: Int | None = None
+    vocab_size: Int | None = None
+    max_context_length: Int | None = None
     rope_freq_constant: float | None = None
     normalize_qk_projections: bool | None = None
     share_input_output_layers: bool | None = None
@@ -57,8 +62,8 @@ class TokenizerSection(Section):
     """A tokenizer that exists, or the size of one to be trained on the recipe's own text."""
 
     path: str | None = None
-    vocab_size: int = Field(default=4096, ge=300)
-    train_bytes: int = Field(default=8_000_000, ge=1000)
+    vocab_size: Int = Field(default=4096, ge=300)
+    train_bytes: Int = Field(default=8_000_000, ge=1000)
 
 
 class SourceSection(Section):
@@ -76,17 +81,17 @@ class DataSection(Section):
     """From text to rows; the filters' defaults are the paper's."""
 
     sources: tuple[SourceSection, ...] = Field(min_length=1)
-    row_length: int = Field(default=2048, ge=2)
+    row_length: Int = Field(default=2048, ge=2)
     packing: Literal["pack", "pad"] = "pack"
     cross_pieces: bool = False
     separate_pieces: bool = False
-    min_characters: int = Field(default=200, ge=0)
-    min_tokens: int = Field(default=256, ge=0)
-    split_words: int = Field(default=2048, ge=1)
+    min_characters: Int = Field(default=200, ge=0)
+    min_tokens: Int = Field(default=256, ge=0)
+    split_words: Int = Field(default=2048, ge=1)
     repair_text: bool = True
-    shards: int = Field(default=64, ge=1)
+    shards: Int = Field(default=64, ge=1)
     held_out: float = Field(default=0.005, ge=0, lt=1)
-    validation_tokens: int = Field(default=100_000, ge=0)
+    validation_tokens: Int = Field(default=100_000, ge=0)
 
     @model_validator(mode="after")
     def _sources_are_sound(self) -> DataSection:
@@ -101,15 +106,15 @@ class DataSection(Section):
 class TrainSection(Section):
     """Optimisation, schedule, and when what is written; the optimizer's defaults are the paper's."""
 
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    micro_batch: int = Field(ge=1)
+    steps: Int = Field(ge=1)
+    global_batch: Int = Field(ge=1)
+    micro_batch: Int = Field(ge=1)
     lr: float = Field(gt=0)
     min_lr: float = Field(ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Int = Field(default=0, ge=0)
     warmup_init_lr: float = Field(default=1e-6, ge=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    decay_steps: int = Field(default=0, ge=0)
+    decay_steps: Int = Field(default=0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -119,15 +124,15 @@ class TrainSection(Section):
     compile: bool = False
     activation_checkpointing: bool = False
     init_from: str | None = None
-    checkpoint_every: int = Field(default=1000, ge=1)
-    keep_last: int = Field(default=5, ge=1)
-    milestone_every: int = Field(default=0, ge=0)
-    average_last: int = Field(default=5, ge=0)
-    validate_every: int = Field(default=500, ge=1)
-    sample_every: int = Field(default=500, ge=1)
+    checkpoint_every: Int = Field(default=1000, ge=1)
+    keep_last: Int = Field(default=5, ge=1)
+    milestone_every: Int = Field(default=0, ge=0)
+    average_last: Int = Field(default=5, ge=0)
+    validate_every: Int = Field(default=500, ge=1)
+    sample_every: Int = Field(default=500, ge=1)
     sample_prompts: tuple[str, ...] = ()
-    sample_tokens: int = Field(default=64, ge=1)
-    log_every: int = Field(default=1, ge=1)
+    sample_tokens: Int = Field(default=64, ge=1)
+    log_every: Int = Field(default=1, ge=1)
     tensorboard: bool = False
     wandb: str | None = None
 
@@ -152,7 +157,7 @@ class RunConfig(Section):
     """Everything that decides what a run computes."""
 
     name: str
-    seed: int = 0
+    seed: Int = 0
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
@@ -170,7 +175,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
         if not equals or not key:
             raise UserError(f"override {override!r} must have the form section.key=value, as train.steps=500")
         try:
-            _set(data, key.split("."), yaml.safe_load(value), override)
+            _set(data, key.split("."), _parse(value), override)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: the value is not YAML ({error})") from error
     return resolve(data, origin=recipe)
@@ -179,7 +184,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
 def resolve(data: dict[str, Any], origin: str) -> RunConfig:
     """A recipe's mapping as a checked, frozen config."""
     try:
-        return RunConfig.model_validate(_numbers(data))
+        return RunConfig.model_validate(data)
     except ValidationError as error:
         problems = [_problem(entry) for entry in error.errors()]
         raise UserError(f"{origin}: " + "; ".join(problems)) from None
@@ -197,12 +202,25 @@ def _read(recipe: str) -> dict[str, Any]:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"recipe {recipe!r} is no file and no packaged recipe: {hint}There are {recipe_names()}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping with the sections model, tokenizer, data and train")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as text; a person who writes it means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def _set(data: Any, keys: list[str], value: Any, override: str) -> None:
@@ -211,34 +229,24 @@ def _set(data: Any, keys: list[str], value: Any, override: str) -> None:
         if isinstance(data, list):
             data = _item(data, key, override)
         else:
+            if not isinstance(data, dict):
+                raise UserError(f"override {override!r}: {key!r} is below something that holds no keys")
             if not isinstance(data.get(key), dict | list):
                 data[key] = {}
             data = data[key]
     if isinstance(data, list):
         _item(data, keys[-1], override)
         data[int(keys[-1])] = value
-    else:
+    elif isinstance(data, dict):
         data[keys[-1]] = value
+    else:
+        raise UserError(f"override {override!r}: {keys[-1]!r} is below something that holds no keys")
 
 
 def _item(items: list[Any], key: str, override: str) -> Any:
     if not key.isdecimal() or int(key) >= len(items):
         raise UserError(f"override {override!r}: {key!r} must be a number from 0 to {len(items) - 1}")
     return items[int(key)]
-
-
-def _numbers(data: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; a person who writes it means the number."""
-    if isinstance(data, dict):
-        return {key: _numbers(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_numbers(value) for value in data]
-    if isinstance(data, str) and data[:1].isdigit() and "e" in data.lower():
-        try:
-            return float(data)
-        except ValueError:
-            return data
-    return data
 
 
 def _problem(entry: Any) -> str:

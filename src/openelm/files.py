@@ -34,10 +34,11 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield draft
             for file in [*draft.rglob("*"), draft]:
                 _sync(file)
-            if path.exists():
-                _move_away(path)
+            old = _move_away(path) if path.exists() else None
             draft.rename(path)
             _sync(path.parent)
+            if old:
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -65,6 +66,10 @@ def write_json(path: Path, data: Any) -> None:
 
 def remove_drafts(folder: Path) -> None:
     """Delete what a killed writer left behind in ``folder``."""
+    for old in folder.glob(".*.old"):
+        # A writer was killed between taking the old folder away and putting the new one there.
+        name = folder / old.name[1:].removesuffix(".old")
+        shutil.rmtree(old, ignore_errors=True) if name.exists() else old.rename(name)
     for draft in folder.glob(".*.tmp-*"):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
@@ -72,14 +77,17 @@ def remove_drafts(folder: Path) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _move_away(path: Path) -> None:
-    """Take an old folder off its name in one step, then delete it."""
-    old = path.parent / f".{path.name}.tmp-old-{os.getpid()}"
-    path.rename(old)
+def _move_away(path: Path) -> Path:
+    """Take an old folder off its name in one step."""
+    old = path.parent / f".{path.name}.old"
     shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    return old
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

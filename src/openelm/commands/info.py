@@ -85,19 +85,18 @@ def _of_folder(folder: Path) -> ModelConfig:
 
 
 def _of_run_config(path: Path) -> ModelConfig:
+    """Of the geometry that pretrain writes beside the resolved recipe."""
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        section = data["model"]
-        vocabulary = data.get("tokenizer", {}).get("vocab_size")
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{path} holds no model section that can be read ({error!r}): is it a run's config?") from error
-    return _of_model_section(section, vocabulary)
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["geometry"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds no geometry ({error!r}): is it the config of a run?") from error
+    return _of_model_section(section, None)
 
 
 def _of_model_section(section: dict[str, Any], vocabulary: int | None) -> ModelConfig:
-    """From the fields of a recipe's model section; others, as a resolved config may hold, are left out."""
+    """From a recipe's model section, or a run's geometry, which holds figures that follow from it too."""
     from dataclasses import fields
 
     from openelm.model.geometry import ModelConfig

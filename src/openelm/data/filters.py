@@ -64,10 +64,10 @@ def repair(text: str) -> str:
     fixed = []
     entities: str | bool = "auto"
     for line in _lines(text):
+        fixed.append(line if _unchanged(line) else ftfy.fix_text(line, unescape_html=entities))
         # As ftfy does: from the first "<" on, "&amp;" is taken for mark-up and kept.
         if "<" in line:
             entities = False
-        fixed.append(line if _unchanged(line) else ftfy.fix_text(line, unescape_html=entities))
     return "".join(fixed)
 
 

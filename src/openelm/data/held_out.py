@@ -59,6 +59,8 @@ def held_out_set(
             if budget <= 0:
                 break
             for piece in preparation.pieces(text, tokenizer):
+                if budget <= 0:
+                    break
                 if piece.ids:
                     texts.append(piece.text)
                     ids += piece.ids

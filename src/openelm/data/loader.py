@@ -56,8 +56,11 @@ class Loader:
     def __iter__(self) -> Iterator[Step]:
         while True:
             start_s = time.perf_counter()
+            if self._stop.is_set():
+                raise RuntimeError("the loader is closed")
             item = self._ready.get()
             if isinstance(item, BaseException):
+                self._ready.put(item)  # for whoever asks again: nothing else will come
                 raise item
             yield Step(item.batches, item.snapshot, item.counts, time.perf_counter() - start_s)
 

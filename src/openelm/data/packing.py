@@ -63,7 +63,7 @@ class Packing:
     def targets(self, piece: Sequence[int]) -> int:
         """Targets that ``piece`` brings: all its ids but the BOS, as far as they are served."""
         length = min(len(piece), self.row_length + 1) if self.mode == "pad" else len(piece)
-        return length - 1
+        return length if self.cross_pieces else length - 1
 
     def batch(self, rows: Sequence[Ids], bos_id: int) -> Batch:
         """Rows of at most row_length + 1 ids as arrays; short ones are padded with BOS, which the loss ignores."""

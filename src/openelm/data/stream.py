@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,27 +46,40 @@ class Account:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """The document of one source that a shard is in, before its piece number ``piece``."""
+
+    before: Place  # where the document is found again
+    piece: int = 0
+    fate: str = ""  # so far
+
+
+@dataclass(frozen=True)
 class ShardState:
-    """One shard between two rows; never changed, only replaced, so that keeping it costs nothing."""
+    """One shard between two rows, tuples by source; never changed, only replaced, so that keeping it costs nothing."""
 
     places: tuple[Place, ...]
     accounts: tuple[Account, ...]
-    source: int = -1  # of the document being read; -1 between documents
-    piece: int = 0
-    fate: str = ""  # of that document so far
-    before: Place = field(default_factory=Place)  # where that document is found again
+    opened: tuple[Opened | None, ...]
     remainder: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     ready: tuple[Ids, ...] = ()
 
 
+class Snapshot(NamedTuple):
+    """The whole state of a stream; plain once ``TokenStream.as_json`` has had it."""
+
+    position: int
+    states: tuple[ShardState, ...]
+    corrupt: frozenset[tuple[int, int]]
+
+
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out set: a matter of its content alone."""
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _fraction(text.encode("utf-8", "surrogatepass")) < fraction
 
 
 class TokenStream:
-    """Rows of token ids from several sources, mixed by shares of valid tokens.
+    """Rows of token ids from several sources, mixed by shares of valid tokens, piece by piece.
 
     ``seed`` orders everything; ``shards`` is V; ``held_out`` the fraction of documents never served. Raises UserError
     for sources that are not there, and where the filters leave nothing.
@@ -85,15 +99,24 @@ class TokenStream:
         self.sources, self.tokenizer = list(sources), tokenizer
         self.preparation, self.packing = preparation, packing
         self.shards, self.held_out = shards, held_out
-        self.corrupt_files: set[str] = set()
-        self.blocks = [Blocks(source, find_units(source), self.corrupt_files.add) for source in sources]
+        self._corrupt: frozenset[tuple[int, int]] = frozenset()  # source and first unit of each corrupt file
+        self.blocks = [
+            Blocks(source, find_units(source), partial(self._note_corrupt, index), shards)
+            for index, source in enumerate(sources)
+        ]
         self._walks = [
             [Walk(blocks, shard=shard, shards=shards, key=(seed, index)) for index, blocks in enumerate(self.blocks)]
             for shard in range(shards)
         ]
-        empty = ShardState((Place(),) * len(self.sources), (Account(),) * len(self.sources))
+        indices = range(len(self.sources))
+        # Where in its turn each shard enters each source: else all would be ahead with the same one at once.
+        self._phases = [[_fraction(f"{seed} {shard} {index}".encode()) for index in indices] for shard in range(shards)]
+        none = tuple(None for _ in indices)
+        empty = ShardState(tuple(Place() for _ in indices), tuple(Account() for _ in indices), none)
         self._states = [empty] * shards
-        self._parts: list[list[str]] = [[] for _ in range(shards)]  # of the document that each shard is in
+        self._totals = [Account() for _ in indices]  # over all shards
+        self._epochs = [0 for _ in indices]  # the furthest of all shards
+        self._parts: list[dict[int, list[str]]] = [{} for _ in range(shards)]  # of the documents each shard is in
         self.position = 0
 
     def next_row(self) -> Ids:
@@ -112,60 +135,79 @@ class TokenStream:
 
     def _read_piece(self, shard: int) -> None:
         """Move a shard on by one piece: a dropped one leaves only its trace in the account."""
-        if self._states[shard].source < 0:
-            self._open_document(shard)
+        index = self._furthest_behind(shard)
+        state, opened = self._states[shard], self._states[shard].opened[index]
+        if opened is None:
+            self._open_document(shard, index)
             return
-        state, index = self._states[shard], self._states[shard].source
-        parts = self._parts[shard] or self._find_parts_again(shard)
-        piece = self.preparation.piece(parts[state.piece], self.tokenizer)
-        fate = KEPT if piece.ids else state.fate or piece.reason
-        places, account, ready, remainder = state.places, state.accounts[index], state.ready, state.remainder
+        parts = self._parts[shard].get(index) or self._find_parts_again(shard, index, opened)
+        piece = self.preparation.piece(parts[opened.piece], self.tokenizer)
+        fate = KEPT if piece.ids else opened.fate or piece.reason
+        more: dict[str, int] = {}
         if piece.ids:
-            rows, remainder = self.packing.take_rows(remainder, piece.ids)
-            ready += tuple(rows)
-            account = account.plus(pieces=1, tokens=self.packing.targets(piece.ids), bytes=utf8_bytes(piece.text))
-            places = _with(places, index, replace(places[index], useful=places[index].useful + 1))
-        last = state.piece + 1 == len(parts)
-        if last:
-            account = account.plus(documents=1, **{fate: 1})
-            self._parts[shard] = []
-        self._states[shard] = replace(
-            state,
-            places=places,
-            accounts=_with(state.accounts, index, account),
-            source=-1 if last else index,
-            piece=0 if last else state.piece + 1,
-            fate="" if last else fate,
-            remainder=remainder,
-            ready=ready,
-        )
+            rows, remainder = self.packing.take_rows(state.remainder, piece.ids)
+            more = dict(pieces=1, tokens=self.packing.targets(piece.ids), bytes=utf8_bytes(piece.text))
+            place = replace(state.places[index], useful=state.places[index].useful + 1)
+            state = replace(
+                state,
+                places=_with(state.places, index, place),
+                remainder=remainder,
+                ready=(*state.ready, *rows),
+            )
+        left: Opened | None = replace(opened, piece=opened.piece + 1, fate=fate)
+        if opened.piece + 1 == len(parts):
+            more |= {"documents": 1, fate: 1}
+            left = None
+            del self._parts[shard][index]
+        self._states[shard] = replace(state, opened=_with(state.opened, index, left))
+        self._count(shard, index, **more)
 
-    def _open_document(self, shard: int) -> None:
-        """Choose the source that is furthest behind its share, and enter its next document."""
+    def _furthest_behind(self, shard: int) -> int:
+        """The source to read from: on average over the shards none is ahead, however long its pieces are."""
+        state, phases = self._states[shard], self._phases[shard]
+
+        def lead(index: int) -> float:
+            account = state.accounts[index]
+            piece_tokens = (account.tokens + self.packing.row_length) / (account.pieces + 1)
+            return (account.tokens + phases[index] * piece_tokens) / self.sources[index].share
+
+        return min((i for i, source in enumerate(self.sources) if source.share > 0), key=lead)
+
+    def _open_document(self, shard: int, index: int) -> None:
+        """Enter the next document of a source, unless it is not for training."""
         state = self._states[shard]
-        index = min(
-            (i for i, source in enumerate(self.sources) if source.share > 0),
-            key=lambda i: (state.accounts[i].tokens / self.sources[i].share, i),
-        )
-        found = self._find(shard, index, state.places[index])
-        account = state.accounts[index].plus(invalid_utf8=int(found.problem == "invalid_utf8"))
-        entered = replace(state, places=_with(state.places, index, found.after), before=state.places[index])
+        before = state.places[index]
+        found = self._find(shard, index, before)
+        self._epochs[index] = max(self._epochs[index], found.after.epoch)
+        state = replace(state, places=_with(state.places, index, found.after))
+        more = {"invalid_utf8": 1} if found.problem == "invalid_utf8" else {}
         if found.text is None:
-            account = account.plus(documents=1, undecodable=1)
+            more |= {"documents": 1, UNDECODABLE: 1}
         elif self.held_out and is_held_out(found.text, self.held_out):
-            account = account.plus(documents=1, held_out=1)
+            more |= {"documents": 1, HELD_OUT: 1}
         else:
-            entered = replace(entered, source=index)
-            self._parts[shard] = split_pieces(found.text, self.preparation.split_words)
-        self._states[shard] = replace(entered, accounts=_with(state.accounts, index, account))
+            state = replace(state, opened=_with(state.opened, index, Opened(before)))
+            self._parts[shard][index] = split_pieces(found.text, self.preparation.split_words)
+        self._states[shard] = state
+        self._count(shard, index, **more)
 
-    def _find_parts_again(self, shard: int) -> list[str]:
-        """The parts of the document that a restored shard stands in."""
+    def _count(self, shard: int, index: int, **more: int) -> None:
         state = self._states[shard]
-        text = self._find(shard, state.source, state.before).text
+        accounts = _with(state.accounts, index, state.accounts[index].plus(**more))
+        self._states[shard] = replace(state, accounts=accounts)
+        self._totals[index] = self._totals[index].plus(**more)
+
+    def _note_corrupt(self, index: int, path: str) -> None:
+        # By number, not by path: the data may be elsewhere when the run is resumed.
+        unit = next(i for i, unit in enumerate(self.blocks[index].units) if unit.path == path)
+        self._corrupt |= {(index, unit)}
+
+    def _find_parts_again(self, shard: int, index: int, opened: Opened) -> list[str]:
+        """The parts of a document that a restored shard stands in."""
+        text = self._find(shard, index, opened.before).text
         assert text is not None, "a document is entered only where it can be read"
-        self._parts[shard] = split_pieces(text, self.preparation.split_words)
-        return self._parts[shard]
+        self._parts[shard][index] = split_pieces(text, self.preparation.split_words)
+        return self._parts[shard][index]
 
     def _find(self, shard: int, index: int, place: Place) -> Found:
         walk = self._walks[shard][index]
@@ -183,18 +225,16 @@ class TokenStream:
 
     def counts(self) -> dict[str, Any]:
         """The account of all documents so far, in total and by source."""
-        by_source = {}
-        for index, source in enumerate(self.sources):
-            total = Account()
-            for state in self._states:
-                total = total.plus(**asdict(state.accounts[index]))
-            by_source[source.name] = {**asdict(total), "epoch": max(s.places[index].epoch for s in self._states)}
+        by_source = {
+            source.name: {**asdict(total), "epoch": epoch}
+            for source, total, epoch in zip(self.sources, self._totals, self._epochs, strict=True)
+        }
         totals = {name: sum(entry[name] for entry in by_source.values()) for name in asdict(Account())}
-        return {**totals, "corrupt_files": len(self.corrupt_files), "sources": by_source}
+        return {**totals, "corrupt_files": len(self._corrupt), "sources": by_source}
 
-    def snapshot(self) -> tuple[int, tuple[ShardState, ...]]:
+    def snapshot(self) -> Snapshot:
         """The state, at no cost; ``as_json`` makes it fit for a file."""
-        return self.position, tuple(self._states)
+        return Snapshot(self.position, tuple(self._states), self._corrupt)
 
     def restore(self, data: dict[str, Any]) -> None:
         """Go to where ``as_json(snapshot())`` was taken."""
@@ -204,17 +244,22 @@ class TokenStream:
                 f"{self.shards} of {[source.name for source in self.sources]}: they must be the same to continue"
             )
         self.position = data["position"]
+        self._corrupt = frozenset((index, unit) for index, unit in data["corrupt"])
         self._states = [_shard_from_json(entry) for entry in data["states"]]
-        self._parts = [[] for _ in range(self.shards)]
+        self._parts = [{} for _ in range(self.shards)]
+        for index in range(len(self.sources)):
+            accounts = [asdict(state.accounts[index]) for state in self._states]
+            self._totals[index] = Account(**{name: sum(a[name] for a in accounts) for name in asdict(Account())})
+            self._epochs[index] = max(state.places[index].epoch for state in self._states)
 
-    def as_json(self, snapshot: tuple[int, tuple[ShardState, ...]]) -> dict[str, Any]:
+    def as_json(self, snapshot: Snapshot) -> dict[str, Any]:
         """A snapshot as plain lists and numbers."""
-        position, states = snapshot
         return {
-            "position": position,
+            "position": snapshot.position,
             "shards": self.shards,
             "sources": [source.name for source in self.sources],
-            "states": [_shard_to_json(state) for state in states],
+            "corrupt": sorted(snapshot.corrupt),
+            "states": [_shard_to_json(state) for state in snapshot.states],
         }
 
 
@@ -222,10 +267,7 @@ def _shard_to_json(state: ShardState) -> dict[str, Any]:
     return {
         "places": [asdict(place) for place in state.places],
         "accounts": [asdict(account) for account in state.accounts],
-        "source": state.source,
-        "piece": state.piece,
-        "fate": state.fate,
-        "before": asdict(state.before),
+        "opened": [None if opened is None else asdict(opened) for opened in state.opened],
         "remainder": state.remainder.tolist(),
         "ready": [row.tolist() for row in state.ready],
     }
@@ -235,10 +277,10 @@ def _shard_from_json(data: dict[str, Any]) -> ShardState:
     return ShardState(
         places=tuple(Place(**place) for place in data["places"]),
         accounts=tuple(Account(**account) for account in data["accounts"]),
-        source=data["source"],
-        piece=data["piece"],
-        fate=data["fate"],
-        before=Place(**data["before"]),
+        opened=tuple(
+            None if opened is None else Opened(**{**opened, "before": Place(**opened["before"])})
+            for opened in data["opened"]
+        ),
         remainder=np.array(data["remainder"], dtype=np.int32),
         ready=tuple(np.array(row, dtype=np.int32) for row in data["ready"]),
     )
@@ -246,3 +288,8 @@ def _shard_from_json(data: dict[str, Any]) -> ShardState:
 
 def _with(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
     return items[:index] + (item,) + items[index + 1 :]
+
+
+def _fraction(data: bytes) -> float:
+    """A number in [0, 1) that depends on the data alone."""
+    return int.from_bytes(blake2b(data, digest_size=6).digest(), "big") / 2**48

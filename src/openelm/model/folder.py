@@ -20,6 +20,8 @@ from openelm.model.transformer import OpenELM
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
+# Choices that the published folders spell out and that are not open here.
+FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
 
 
 class Tokenizer(Protocol):
@@ -86,12 +88,18 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    if data.get("model_type") != "openelm":
-        raise UserError(f"{path} says model_type {data.get('model_type')!r}: only 'openelm' can be read")
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold an object with the model's keys")
+    for key, expected in {"model_type": "openelm", **FIXED}.items():
+        if data.get(key, FIXED.get(key)) != expected:
+            raise UserError(f"{path} says {key} {data.get(key)!r}: only {expected!r} can be read")
     name = data.get("dtype") or data.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise UserError(f"{path} says dtype {name!r}: it must be one of {', '.join(DTYPES)}")
     known = {f.name for f in fields(ModelConfig)}
+    for key in ("model_dim", "num_transformer_layers"):
+        if key not in data:
+            raise UserError(f"{path} lacks {key}, without which there is no model")
     return ModelConfig(**{k: v for k, v in data.items() if k in known}), DTYPES[name]
 
 
@@ -128,9 +136,7 @@ def config_to_folder(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model_type": "openelm",
         "architectures": ["OpenELMForCausalLM"],
         "ffn_multipliers": list(config.betas),
-        "ffn_with_glu": True,
-        "activation_fn_name": "swish",
-        "normalization_layer_name": "rms_norm",
+        **FIXED,
         "tie_word_embeddings": config.share_input_output_layers,
         "dtype": next(name for name, value in DTYPES.items() if value == dtype),
         "use_cache": True,
@@ -149,7 +155,10 @@ def from_folder_name(name: str) -> str:
 
 def _tensor_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX} is not an index of tensors ({error!r})") from error
         for name in names:
             if Path(name).name != name:
                 raise UserError(f"{folder / INDEX} points outside the folder ({name!r}): refused")

@@ -66,9 +66,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place, so that no second gradient of N rows exists; by an fp32 scalar, which bf16 would round.
         scale = d_outputs[0]
         d_hidden_ND, d_weight_VD = (
-            None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors
+            None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors
         )
         return d_hidden_ND, d_weight_VD, None, None
 

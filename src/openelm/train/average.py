@@ -21,8 +21,8 @@ def average_checkpoints(checkpoints: Checkpoints, last: int) -> tuple[ModelConfi
     steps = checkpoints.steps()[-last:]
     if last < 1 or len(steps) < last:
         raise UserError(
-            f"{checkpoints.folder} has {len(steps)} checkpoints, not {last}: average fewer with --last, or keep "
-            "more with train.keep_last"
+            f"{checkpoints.folder} has {len(steps)} checkpoints, not {last}: average {len(steps)} with --last "
+            f"{len(steps)}, or keep more with train.keep_last"
         )
     paths: list[Path] = [checkpoints.path(step) for step in steps]
     config, _ = load_config(paths[-1])

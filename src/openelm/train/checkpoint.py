@@ -45,7 +45,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*") if path.is_dir())
+        names = (path.name for path in self.folder.glob("step_*") if path.is_dir())
+        return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` stands."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openelm.data.loader import Step
 from openelm.errors import UserError
-from openelm.train.metrics import Recorder, peak_memory_bytes
+from openelm.train.metrics import peak_memory_bytes
 from openelm.train.optim import Optimizer
 from openelm.train.schedule import Schedule
 
@@ -22,10 +22,12 @@ LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 Probe = Callable[[int, nn.Module, dict[str, Any]], list[dict[str, Any]]]
 
 
-class Weighed(Protocol):
-    """A batch that knows how much its loss counts (valid tokens, or pairs)."""
+class Record(Protocol):
+    """Where the loop's metrics go."""
 
-    def valid_tokens(self) -> int: ...
+    def train(self, entry: dict[str, Any], timing: dict[str, Any]) -> None: ...
+
+    def write(self, entry: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def run(
     data: Iterable[Step],
     loss_fn: LossFunction,
     settings: LoopSettings,
-    recorder: Recorder,
+    recorder: Record,
     *,
     save: Callable[[int, int, Any], None],
     probes: Iterable[Probe] = (),

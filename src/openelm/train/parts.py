@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from openelm.config import RunConfig
+from openelm.data.filters import utf8_bytes
 from openelm.data.held_out import HeldOut, held_out_set
 from openelm.data.packing import Packing
 from openelm.data.pieces import Preparation
@@ -70,18 +73,21 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     path = config.tokenizer.path or config.train.init_from
     if path:
         return Tokenizer.load(path)
-    units = [
-        (source.name, Path(unit.path).name, unit.part, unit.size_bytes)
-        for source in sources(config)
-        for unit in find_units(source)
-    ]
-    key = json.dumps([config.tokenizer.model_dump(), config.data.held_out, config.seed, units])
+    key = json.dumps(
+        [config.tokenizer.model_dump(), config.data.held_out, config.seed, sys.version]
+        + [(asdict(source), [(asdict(u), _modified(u.path)) for u in find_units(source)]) for source in sources(config)]
+    )
     folder = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     model = folder / "tokenizer.model"
     if not model.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         train_tokenizer(training_texts(config, config.tokenizer.train_bytes), model, config.tokenizer.vocab_size)
     return Tokenizer.load(model)
+
+
+def _modified(path: str) -> int:
+    """When a local file was last written; 0 for what is not one."""
+    return Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
 
 
 def cache_folder() -> Path:
@@ -104,7 +110,7 @@ def training_texts(config: RunConfig, max_bytes: int) -> Iterator[str]:
                 break
             if found.text and not is_held_out(found.text, config.data.held_out):
                 yield found.text
-                left -= len(found.text)
+                left -= utf8_bytes(found.text)
 
 
 def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -69,6 +69,8 @@ def pretrain(config: RunConfig, run: Path, *, resume: bool, resume_step: int | N
     """Train, average, compare, and write the model folder; returns the summary that summary.json holds."""
     if run.exists() and not (resume or overwrite):
         raise UserError(f"{run} exists: go on with --resume, start anew with --overwrite, or choose --run FOLDER")
+    if run.exists() and overwrite and any(run.iterdir()) and not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder (it has no config.yaml), so it is not overwritten: choose another")
     if resume and not run.exists():
         raise UserError(f"{run} does not exist, so there is nothing to resume: leave out --resume")
     resolved = _as_plain(config)

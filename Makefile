@@ -1,0 +1,45 @@
+# make demo: train a small OpenELM on your Python installation's text, then read what it writes.
+# make test, make check: what the continuous integration runs.
+# Each sets itself up in .venv, and does nothing twice.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# torch first and pinned: its dependants would otherwise choose another build.
+.venv/user: .venv/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot]'
+	touch $@
+
+.venv/developer: .venv/user
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: runs/demo/summary.json
+	$(BIN)/openelm generate runs/demo --prompt 'def ' --max-tokens 120 --temperature 0.7 --top-p 0.95
+	@echo
+	@echo "The curve, the samples and the geometry: runs/demo/report/index.html"
+
+# A run that was stopped goes on where it was.
+runs/demo/summary.json: | .venv/user
+	$(BIN)/openelm pretrain demo $(if $(wildcard runs/demo/config.yaml),--resume,)
+
+test: .venv/developer
+	$(BIN)/python -m pytest
+
+check: .venv/developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,109 @@
+"""Training speed: the real loop on random tokens, against the rate of a matrix product in the same run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from openelm.data.loader import Step
+from openelm.data.packing import Batch
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM, init_weights
+from openelm.train import loop
+from openelm.train.metrics import gemm_flops_per_s, peak_memory_bytes
+from openelm.train.optim import Optimizer
+from openelm.train.parts import compute_dtype, pick_device
+from openelm.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TrainingBench:
+    """What to measure: ``micro_batches`` of ``micro_batch`` rows a step, ``steps`` steps after ``warmup`` ones."""
+
+    row_length: int
+    micro_batch: int
+    micro_batches: int
+    steps: int
+    warmup: int
+    dtype: str
+    compile: bool
+    activation_checkpointing: bool
+
+
+def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
+    """Tokens/s, model FLOP/s and their share of a 2048-cubed product; optimizer, clipping and casts are counted."""
+    device = pick_device()
+    dtype = compute_dtype(bench.dtype, device)
+    model = OpenELM(config)
+    init_weights(model, seed=0)
+    model.activation_checkpointing = bench.activation_checkpointing
+    model = model.train().to(device, dtype)
+    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    runner: nn.Module = torch.compile(model) if bench.compile else model  # type: ignore[assignment]
+    times = _Times()
+    flops = config.train_flops_per_token(bench.row_length)
+    gemms = [gemm_flops_per_s(dtype, device)]
+    steps = bench.warmup + bench.steps
+
+    def measure_roof(step: int, model: nn.Module, account: dict[str, Any]) -> list[dict[str, Any]]:
+        gemms.append(gemm_flops_per_s(dtype, device))  # between steps, as the machine's speed drifts
+        return []
+
+    loop.run(
+        runner,
+        optimizer,
+        Schedule("constant", steps, lr=1e-4, min_lr=0.0, warmup_steps=0),
+        _random_steps(config, bench),
+        loop.pretraining_loss(1e-4),
+        loop.LoopSettings(steps, 1.0, 1, steps, flops, gemms[0]),
+        times,
+        save=lambda step, tokens, snapshot: None,
+        probes=[measure_roof],
+    )
+    counted = times.tokens_per_s[bench.warmup :]
+    roof = max(gemms)
+    median = statistics.median(counted)
+    return {
+        "parameters": config.num_parameters(),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "compiled": bench.compile,
+        "tokens_per_step": bench.row_length * bench.micro_batch * bench.micro_batches,
+        "tokens_per_s": median,
+        "tokens_per_s_all": counted,
+        "model_flops_per_s": median * flops,
+        "gemm_flops_per_s": roof,
+        "gemm_flops_per_s_all": gemms,
+        "share_of_gemm": median * flops / roof,
+        "flops_per_token": flops,
+        "flops_rule": "6 a matmul parameter (output layer in, look-up out) + causal attention",
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+class _Times:
+    """Stands in for the recorder, and keeps only the speed of each step."""
+
+    def __init__(self) -> None:
+        self.tokens_per_s: list[float] = []
+
+    def train(self, entry: dict[str, Any], timing: dict[str, Any]) -> None:
+        self.tokens_per_s.append(timing["tokens_per_s"])
+
+    def write(self, entry: dict[str, Any]) -> None:
+        pass
+
+
+def _random_steps(config: ModelConfig, bench: TrainingBench) -> Iterator[Step]:
+    random = np.random.default_rng(0)
+    shape = (bench.micro_batch, bench.row_length + 1)
+    while True:
+        rows = [random.integers(0, config.vocab_size, shape) for _ in range(bench.micro_batches)]
+        yield Step([Batch(row[:, :-1].copy(), row[:, 1:].copy()) for row in rows], None, {}, 0.0)

@@ -1,0 +1,28 @@
+"""openelm report: a run as one web page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Draw the report of a run: RUN/report/index.html."
+EXAMPLE = "openelm report runs/demo --open"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``openelm report``."""
+    parser.add_argument("run", metavar="RUN", help="run folder, finished or not")
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    from openelm.report.page import write_report
+
+    page = write_report(Path(args.run))
+    print(page)
+    if args.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    return 0

@@ -1,0 +1,91 @@
+"""openelm average: mean weights as a model folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from openelm import ModelConfig, OpenELM, cli, load_model
+from openelm.data.tokenizer import Tokenizer, train_tokenizer
+from openelm.train.checkpoint import Checkpoint, Checkpoints
+
+CONFIG = ModelConfig(
+    model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=320
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three checkpoints, every weight of which is its step."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=5)
+    model = OpenELM(CONFIG)
+    for step in (10, 20, 60):
+        weights = {name: torch.full_like(tensor, step) for name, tensor in model.state_dict().items()}
+        checkpoints.save(CONFIG, Checkpoint(step, weights, {}, {}))
+    return tmp_path
+
+
+def values(folder: Path) -> set[float]:
+    return {float(value) for tensor in load_model(folder).state_dict().values() for value in tensor.unique()}
+
+
+def test_the_mean_of_the_last_checkpoints_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--last", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "steps 20, 60" in out and "holds no tokenizer" in err
+    assert values(run / "model-averaged-60") == {40.0}
+
+
+def test_out_dtype_and_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["average", str(run), "--last", "3", "--out", str(tmp_path / "mean"), "--dtype", "bfloat16", "--json"]
+    assert cli.run(words) == 0
+    expected = {"folder": str(tmp_path / "mean"), "steps": [10, 20, 60], "tokenizer": False}
+    assert json.loads(capsys.readouterr().out) == expected
+    assert values(tmp_path / "mean") == {30.0}
+    assert json.loads((tmp_path / "mean" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_runs_tokenizer_goes_along(run: Path) -> None:
+    text = "".join(chr(97 + i * i % 26) + (" " if i % 5 == 0 else "") for i in range(4000))
+    tokenizer = train_tokenizer([text], run / "tokenizer" / "tokenizer.model", 300)
+    assert cli.run(["average", str(run), "--last", "1"]) == 0
+    assert Tokenizer.load(run / "model-averaged-60").fingerprint == tokenizer.fingerprint
+
+
+def test_nothing_is_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--last", "1"]) == 0
+    assert cli.run(["average", str(run), "--last", "2"]) == 2
+    assert "model-averaged-60 exists" in capsys.readouterr().err
+    assert values(run / "model-averaged-60") == {60.0}
+    assert cli.run(["average", str(run), "--last", "2", "--overwrite"]) == 0
+    assert values(run / "model-averaged-60") == {40.0}
+
+
+def test_overwrite_does_not_delete_what_is_no_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--last", "2", "--out", str(run), "--overwrite"]) == 2
+    assert "is no model folder" in capsys.readouterr().err
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_a_run_with_too_few_checkpoints_or_none_is_refused(
+    run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["average", str(run)]) == 2
+    assert "has 3 checkpoints, not 5" in capsys.readouterr().err
+    assert not list(run.glob("model*"))
+    assert cli.run(["average", str(run), "--last", "0"]) == 2
+    assert "--last" in capsys.readouterr().err
+    empty = tmp_path_factory.mktemp("empty")
+    assert cli.run(["average", str(empty)]) == 2
+    assert f"{empty} has no checkpoints" in capsys.readouterr().err
+    assert cli.run(["average", str(empty / "nowhere")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "checkpoints" / "step_00000020" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert cli.run(["average", str(run), "--last", "2"]) == 2
+    assert str(file) in capsys.readouterr().err
+    assert not list(run.glob("*model*"))

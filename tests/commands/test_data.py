@@ -1,0 +1,203 @@
+"""openelm data: what becomes of a text, of a recipe's sources, and whoever serves the rows."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from openelm import Tokenizer, cli
+from openelm.data.tokenizer import train_tokenizer
+
+WORDS = ["def", "return", "import", "class", "self", "value", "number", "string", "list", "table"]
+
+
+def text_of(seed: int, words: int) -> str:
+    return " ".join(WORDS[(seed * j + j // 3 + seed) % len(WORDS)] for j in range(words))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer([text_of(seed, 200) for seed in range(1, 40)], path, 300)
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer: Path) -> Path:
+    """Two sources: 80 short documents of which some are too short, and 40 longer ones, one undecodable."""
+    short = [{"text": text_of(seed, 4 + seed)} for seed in range(80)]
+    long = [{"text": text_of(seed, 120)} for seed in range(100, 139)] + [{"text": None}]
+    sources = []
+    for name, documents, share in (("short", short, 1), ("long", long, 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+        sources.append({"name": name, "path": str(tmp_path / f"{name}.jsonl"), "share": share})
+    data = {"sources": sources, "row_length": 32, "min_characters": 50, "min_tokens": 40, "shards": 6, "held_out": 0.2}
+    train = {"steps": 2, "global_batch": 1, "micro_batch": 1, "lr": 0.1, "min_lr": 0.0}
+    model = {"model_dim": 32, "num_transformer_layers": 2, "head_dim": 16}
+    path = tmp_path / "recipe.yaml"
+    parts = {"name": "two", "model": model, "tokenizer": {"path": str(tokenizer)}, "data": data, "train": train}
+    path.write_text(yaml.safe_dump(parts))
+    return path
+
+
+def json_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert cli.run([*words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    assert cli.run(["data", "inspect", *words, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("row_length", [2048, 128])
+def test_inspect_equals_the_papers_pipeline(shared: Path, row_length: int, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = json.loads((shared / "golden" / f"rows_{row_length}.json").read_text())
+    words = [str(shared / "golden" / "documents.jsonl"), "--ids", "--row-length", str(row_length)]
+    words += ["--tokenizer", str(shared / "data" / "llama-tokenizer" / "tokenizer.model")]
+    words += ["--min-characters", str(golden["min_characters_per_text"])]
+    words += ["--min-tokens", str(golden["min_tokens_per_text"])]
+    found = lines_of(capsys, *words)
+    expected = [
+        (document, piece, entry)
+        for document, golden_document in enumerate(golden["documents"])
+        for piece, entry in enumerate(golden_document["segments"])
+    ]
+    assert [(line["document"], line["piece"]) for line in found] == [key[:2] for key in expected]
+    for line, (document, piece, entry) in zip(found, expected, strict=True):
+        where = (document, piece)
+        for name in ("normalized_characters", "tokens", "kept"):
+            if name in entry:
+                assert line[name] == entry[name], (where, name)
+        assert (line["reason"] is None) == line["kept"]
+        if entry["kept"]:
+            ids = line["ids"]
+            assert (ids[:12], ids[-6:]) == (entry["first"], entry["last"]), where
+            assert len(ids) == entry["row_tokens"]
+            assert hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest() == entry["sha256"], where
+
+
+def test_inspect_numbers_documents_over_all_files_and_says_why_a_piece_is_dropped(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join([json.dumps({"text": text_of(3, 60)}), "{broken", json.dumps({"text": ""})]) + "\n"
+    )
+    (tmp_path / "b.txt").write_text("a b c d e")
+    words = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"), "--tokenizer", str(tokenizer)]
+    words += ["--row-length", "16", "--min-characters", "5", "--min-tokens", "40", "--split-words", "50"]
+    found = lines_of(capsys, *words)
+    assert [(line["document"], line["piece"], line["reason"]) for line in found] == [
+        (0, 0, None),
+        (0, 1, "too_few_tokens"),
+        (1, 0, "undecodable"),
+        (2, 0, "too_few_characters"),
+        (3, 0, "too_few_tokens"),
+    ]
+    assert list(found[0]) == ["document", "piece", "normalized_characters", "tokens", "kept", "reason"]
+    encoded = Tokenizer.load(tokenizer).encode(" ".join(text_of(3, 60).split()[:50]))
+    assert found[0]["tokens"] == len(encoded) + 2
+    assert [line["ids"] for line in lines_of(capsys, *words, "--ids")][:1] == [[1, *encoded][:17]]
+
+    assert cli.run(["data", "inspect", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "4 documents, 5 pieces (2 too few tokens, 1 kept, 1 undecodable, 1 too few characters)" in shown
+    assert "17 of them in rows of 16" in shown
+
+
+def test_inspect_refuses_before_it_prints(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "none.txt")]
+    assert cli.run(["data", "inspect", *files, "--tokenizer", str(tokenizer)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "none.txt" in err
+    assert cli.run(["data", "inspect", files[0], "--tokenizer", str(tokenizer), "--split-words", "0"]) == 2
+    assert "--split-words 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_count_accounts_for_every_document_of_every_source(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json_of(capsys, "data", "count", str(recipe))
+    short, long, total = found["sources"]["short"], found["sources"]["long"], found["total"]
+    fates = ("kept", "too_few_characters", "too_few_tokens", "undecodable", "held_out")
+    for entry, documents in ((short, 80), (long, 40), (total, 120)):
+        assert entry["documents"] == documents == sum(entry[fate] for fate in fates)
+        assert entry["complete"] is True
+    assert long["undecodable"] == 1 and short["undecodable"] == 0
+    assert short["too_few_characters"] > 0 and short["too_few_tokens"] > 0
+    assert short["held_out"] > 0 and long["held_out_bytes"] > 0
+    assert long["bytes"] + long["held_out_bytes"] == long["read_bytes"]  # none of the long ones is filtered out
+    assert short["read_bytes"] == sum(len(text_of(seed, 4 + seed)) for seed in range(80))
+    assert total["tokens"] == short["tokens"] + long["tokens"]
+    assert short["share_of_tokens"] + long["share_of_tokens"] == pytest.approx(1)
+    assert (short["share_of_mixture"], long["share_of_mixture"]) == (0.25, 0.75)
+
+
+def test_count_equals_what_one_epoch_of_the_stream_accounts_for(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openelm.config import load_recipe
+    from openelm.train import parts
+
+    one_source = ["data.sources.1.share=0", "data.shards=1"]
+    counted = json_of(capsys, "data", "count", str(recipe), *one_source)["sources"]["short"]
+    config = load_recipe(str(recipe), one_source)
+    stream = parts.token_stream(config, parts.load_tokenizer(config))
+    while stream.counts()["sources"]["short"]["documents"] < 80:
+        stream.next_row()
+    streamed = stream.counts()["sources"]["short"]
+    # The last row of the epoch is complete only with text of the next: the stream may have gone on a little.
+    assert streamed["documents"] == 80 or streamed["epoch"] == 1
+    for name in ("too_few_tokens", "held_out", "undecodable"):
+        assert 0 <= streamed[name] - counted[name] <= streamed["documents"] - 80
+
+
+def test_count_of_a_sample_says_that_it_is_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    total = json_of(capsys, "data", "count", str(recipe), "--max-documents", "7")["total"]
+    assert (total["documents"], total["complete"]) == (14, False)
+    assert cli.run(["data", "count", str(recipe), "--max-documents", "7"]) == 0
+    rows = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["documents"] == ["7", "7", "14"]
+    assert rows["share of mixture"] == ["25.00%", "75.00%"]
+
+
+def test_hash_is_that_of_the_streams_rows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from openelm.config import load_recipe
+    from openelm.train import parts
+
+    found = json_of(capsys, "data", "hash", str(recipe), "--rows", "1500")
+    config = load_recipe(str(recipe), [])
+    stream = parts.token_stream(config, parts.load_tokenizer(config))
+    rows = [stream.next_row() for _ in range(1500)]
+    data = [len(row).to_bytes(4, "little") + b"".join(int(id).to_bytes(4, "little") for id in row) for row in rows]
+    assert found == {
+        "rows": 1500,
+        "sha256": hashlib.sha256(b"".join(data)).hexdigest(),
+        "per_thousand": [hashlib.sha256(b"".join(part)).hexdigest() for part in (data[:1000], data[1000:])],
+    }
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (4, 1), (5, 3), (8, 2)])
+def test_hash_does_not_depend_on_ranks_and_workers(
+    recipe: Path, ranks: int, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = json_of(capsys, "data", "hash", str(recipe), "--rows", "150")
+    words = ["--rows", "150", "--ranks", str(ranks), "--workers", str(workers)]
+    assert json_of(capsys, "data", "hash", str(recipe), *words) == alone
+
+
+def test_hash_depends_on_the_seed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = json_of(capsys, "data", "hash", str(recipe), "--rows", "20")
+    assert json_of(capsys, "data", "hash", str(recipe), "seed=1", "--rows", "20")["sha256"] != one["sha256"]
+
+
+def test_hash_and_count_refuse_what_cannot_be(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["data", "hash", str(recipe), "--rows", "0"]) == 2
+    assert "--rows 0 must be at least 1" in capsys.readouterr().err
+    assert cli.run(["data", "hash", str(recipe), "data.min_tokens=10000"]) == 2
+    assert "is left after filtering" in capsys.readouterr().err
+    assert cli.run(["data", "count", "dmeo"]) == 2
+    assert "did you mean demo?" in capsys.readouterr().err

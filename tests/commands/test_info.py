@@ -1,0 +1,122 @@
+"""openelm info: the figures of named sizes, folders, runs and recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from openelm import ModelConfig, OpenELM, cli, save_model
+from openelm.commands.info import bar, readable_bytes
+
+TINY = dict(model_dim=64, num_transformer_layers=3, head_dim=16, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=300)
+
+
+def figures(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert cli.run(["info", *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_papers_sizes_have_their_parameter_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "3B": 3_036_647_424}
+    for size, parameters in counts.items():
+        found = figures(capsys, size)
+        assert found["parameters"] == parameters
+        vocabulary_and_last_norm = (found["vocab_size"] + 1) * found["model_dim"]
+        assert sum(found["layer_parameters"]) + vocabulary_and_last_norm == parameters
+
+
+def test_flops_cache_and_bytes_are_what_the_lists_give(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(capsys, "OpenELM-270M")
+    heads, kv_heads = sum(found["num_query_heads"]), sum(found["num_kv_heads"])
+    gains = 16 * (2 * 1280 + 2 * 64) + 1280
+    matrices = 271_527_168 - gains
+    assert found["matmul_parameters"] == matrices
+    assert found["train_flops_per_token"] == 6 * matrices + 6 * 2048 * 64 * heads
+    assert found["cache_bytes_per_token"] == 2 * 64 * kv_heads * 2
+    assert found["cache_bytes_at_full_context"] == 2048 * 2 * 64 * kv_heads * 2
+    assert found["weight_bytes"] == {
+        "float32": 4 * 271_527_168,
+        "bfloat16": 2 * 271_527_168,
+        "8 bit": matrices * 8.5 / 8 + 2 * gains,
+        "4 bit": matrices * 4.5 / 8 + 2 * gains,
+    }
+    assert found["uniform"]["query_heads"] == heads / 16
+
+
+def test_options_change_the_geometry(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(capsys, "270M", "--vocab-size", "32128", "--qkv-multipliers", "1", "--ffn-multipliers", "0.5,2")
+    assert found["vocab_size"] == 32128
+    assert found["num_query_heads"] == [20] * 16
+    assert (found["ffn_dims"][0], found["ffn_dims"][-1]) == (768, 2560)
+
+
+def test_every_layer_is_drawn_with_its_heads_and_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", "1.1B"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    layers = [line for line in lines if line[:5].strip().isdecimal()]
+    assert len(layers) == 28
+    assert layers[0].split()[:2] == ["0", "16/4"] and "1,024 " in layers[0]
+    assert layers[27].split()[:2] == ["27", "32/8"] and "8,192 " in layers[27]
+    assert "1,079,891,456" in "\n".join(lines)
+    assert all("│" in line for line in layers)
+
+
+def test_a_bar_is_as_long_as_its_value_and_marked_at_the_uniform_width() -> None:
+    assert bar(4, 6, 8, "#", "|") == "############      |     "
+    assert bar(8, 6, 8, "#", "|") == "##################|#####"
+    assert bar(8, 8, 8, "#", "|") == "#######################|"
+
+
+def test_a_model_folder_and_a_run_give_the_same_geometry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(**TINY)  # type: ignore[arg-type]
+    save_model(OpenELM(config), tmp_path / "run" / "model", dtype=torch.float32)
+    expected = config.num_parameters()
+    assert figures(capsys, str(tmp_path / "run" / "model"))["parameters"] == expected
+    assert figures(capsys, str(tmp_path / "run"))["parameters"] == expected
+    assert figures(capsys, str(tmp_path / "run"), "--vocab-size", "400")["parameters"] == expected + 100 * 64
+
+
+def test_a_run_without_a_model_is_read_from_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(**TINY)  # type: ignore[arg-type]
+    geometry = {**config.as_dict(), "ffn_dims": list(config.ffn_dims), "num_parameters": config.num_parameters()}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "x", "geometry": geometry}))
+    found = figures(capsys, str(tmp_path))
+    assert found["parameters"] == config.num_parameters()
+    assert found["num_query_heads"] == list(config.num_query_heads)
+
+
+def test_a_recipe_takes_the_vocabulary_of_the_tokenizer_that_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    from openelm.config import load_recipe
+
+    recipe = load_recipe("demo", [])
+    found = figures(capsys, "demo")
+    assert found["vocab_size"] == recipe.tokenizer.vocab_size
+    assert found["model_dim"] == recipe.model.model_dim
+
+
+def test_what_is_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", "271M"]) == 2
+    error = capsys.readouterr().err
+    assert "'271M' is no named size" in error and "270M" in error and "demo" in error
+    assert cli.run(["info", str(tmp_path)]) == 2
+    assert "neither a model folder (config.json) nor a run folder" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("- 1\n")
+    assert cli.run(["info", str(tmp_path)]) == 2
+    assert "holds no geometry" in capsys.readouterr().err
+    assert cli.run(["info", "270M", "--vocab-size", "0"]) == 2
+    assert "vocab_size=0 must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_sizes_are_readable() -> None:
+    assert [readable_bytes(n) for n in (0, 512, 999_600, 543_054_336, 12_146_589_696, 2e12)] == [
+        "0 bytes",
+        "512 bytes",
+        "1000 kB",
+        "543 MB",
+        "12.1 GB",
+        "2.00 TB",
+    ]
