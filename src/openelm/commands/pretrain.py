@@ -7,6 +7,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from openelm.config import RunConfig
 
 HELP = "Train a model from a recipe (a packaged name or a YAML file), with dotted overrides."
@@ -18,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="packaged recipe (demo, ...) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as train.steps=500 or model.size=270M")
     parser.add_argument("--run", metavar="FOLDER", help="run folder (default: runs/NAME)")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="train.steps: as many as fit here, by a trial of three"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--resume-step", type=int, metavar="STEP", help="go on from this checkpoint (an older one)")
     parser.add_argument("--overwrite", action="store_true", help="delete a run folder that is there, and start anew")
@@ -34,11 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_recipe(args.recipe, args.overrides)
     folder = Path(args.run or Path("runs") / config.name)
+    resume = args.resume or args.resume_step is not None
+    if args.minutes is not None:
+        steps = _steps_begun(folder) if resume else _steps_that_fit(config, args.minutes)
+        config = load_recipe(args.recipe, [*args.overrides, f"train.steps={steps}"])
     if args.dry_run:
         return _dry_run(config, folder, as_json=args.json)
     from openelm.train.pretrain import pretrain
 
-    resume = args.resume or args.resume_step is not None
     summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
     try:
         from openelm.report.page import write_report
@@ -53,7 +61,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _closing_words(summary: dict[str, Any], folder: Any, report: str) -> str:
+def _steps_that_fit(config: RunConfig, minutes: float) -> int:
+    """Steps of this recipe that the machine makes in ``minutes``, validation and saving not counted."""
+    from openelm.bench.training import TrainingBench, bench_training
+    from openelm.errors import UserError
+    from openelm.train.parts import geometry, load_tokenizer
+
+    if not minutes > 0:
+        raise UserError(f"--minutes {minutes:g} must be more than 0")
+    train, row_length = config.train, config.data.row_length
+    bench = TrainingBench(
+        row_length,
+        train.micro_batch,
+        train.global_batch // train.micro_batch,
+        steps=3,
+        warmup=1,
+        dtype=train.dtype,
+        compile=train.compile,
+        activation_checkpointing=train.activation_checkpointing,
+    )
+    tokens_per_s = bench_training(geometry(config, load_tokenizer(config)), bench)["tokens_per_s"]
+    steps = round(minutes * 60 * tokens_per_s / (train.global_batch * row_length))
+    # Fewer would leave nothing to average, and no schedule worth the name.
+    return max(steps, 2 * train.warmup_steps, train.average_last * train.checkpoint_every)
+
+
+def _steps_begun(folder: Path) -> int:
+    """The steps that a run was begun with."""
+    import yaml
+
+    from openelm.errors import UserError
+
+    try:
+        return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} cannot be resumed: its config.yaml does not say train.steps ({error})") from error
+
+
+def _closing_words(summary: dict[str, Any], folder: Path, report: str) -> str:
     lines = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['elapsed_s']:.0f} s", ""]
     if summary["bits_per_byte"]:
         lines.append("held-out text, bits per byte (less is better):")
@@ -64,7 +109,7 @@ def _closing_words(summary: dict[str, Any], folder: Any, report: str) -> str:
     return "\n".join(lines)
 
 
-def _dry_run(config: RunConfig, folder: Any, *, as_json: bool) -> int:
+def _dry_run(config: RunConfig, folder: Path, *, as_json: bool) -> int:
     from openelm.train.plan import plan_run
 
     plan = plan_run(config, folder)

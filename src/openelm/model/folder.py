@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,7 +157,8 @@ def from_folder_name(name: str) -> str:
 def _tensor_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(map(os.fspath, weight_map.values())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / INDEX} is not an index of tensors ({error!r})") from error
         for name in names:

@@ -191,8 +191,6 @@ def spread(multiplier: Multiplier | Sequence[float], layers: int) -> tuple[float
     if len(multiplier) == layers:
         return tuple(float(m) for m in multiplier)
     low, high = multiplier
-    if low == high and layers == 2:  # a scalar, expanded by the folder that it was written to
-        return (float(low), float(high))
     if layers == 1:
         return (round(low, 2),)
     # numpy.linspace to the bit: one step, multiplied; the end set exactly.

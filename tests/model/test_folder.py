@@ -1,0 +1,266 @@
+"""Model folders: what is saved comes back to the bit, and what is wrong with one is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import openelm
+from openelm.errors import UserError
+from openelm.model import folder as folder_module
+from openelm.model.folder import load_model, save_model
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM, init_weights
+
+SMALL = dict(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=8, vocab_size=40)
+
+
+def make(**changes: object) -> OpenELM:
+    model = OpenELM(ModelConfig(**{**SMALL, **changes}))  # type: ignore[arg-type]
+    init_weights(model, seed=3)
+    with torch.no_grad():
+        model.norm.weight.normal_(1, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return save_model(make(), tmp_path / "model")
+
+
+def same_bits(one: OpenELM, other: OpenELM) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and s.dtype == t.dtype and torch.equal(s, t) for (a, s), (b, t) in pairs)
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite model.safetensors with `change` applied to its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def set_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("shared_table", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_comes_back_to_the_bit_in_its_own_dtype(tmp_path, dtype, shared_table):
+    model = make(share_input_output_layers=shared_table).to(dtype)
+    save_model(model, tmp_path / "model")
+    reopened = load_model(tmp_path / "model")
+    assert reopened.config == ModelConfig(**{**model.config.as_dict(), "ffn_multipliers": list(model.config.betas)})
+    assert same_bits(reopened, model)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(reopened(tokens), model(tokens))
+
+
+def test_another_dtype_is_cast_once_on_either_side(tmp_path):
+    model = make()
+    rounded = make().to(torch.bfloat16)
+    save_model(model, tmp_path / "half", dtype=torch.bfloat16)
+    assert same_bits(load_model(tmp_path / "half"), rounded)
+    save_model(model, tmp_path / "whole")
+    assert same_bits(load_model(tmp_path / "whole", dtype=torch.bfloat16), rounded)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_older_name_of_the_dtype_is_read_too(saved):
+    data = json.loads((saved / "config.json").read_text())
+    data["torch_dtype"] = data.pop("dtype")
+    (saved / "config.json").write_text(json.dumps({**data, "torch_dtype": "bfloat16"}))
+    assert load_model(saved).norm.weight.dtype == torch.bfloat16
+
+
+def test_names_are_the_published_ones_and_a_shared_table_is_stored_once(tmp_path):
+    tied = load_file(save_model(make(), tmp_path / "tied") / "model.safetensors")
+    untied = load_file(save_model(make(share_input_output_layers=False), tmp_path / "untied") / "model.safetensors")
+    layer = ["attn_norm", "ffn_norm", "attn.qkv_proj", "attn.out_proj", "attn.q_norm", "attn.k_norm"]
+    names = {f"transformer.layers.{i}.{kind}.weight" for i in (0, 1) for kind in [*layer, "ffn.proj_1", "ffn.proj_2"]}
+    names |= {"transformer.token_embeddings.weight", "transformer.norm.weight"}
+    assert tied.keys() == names
+    assert untied.keys() == names | {"lm_head.weight"}
+
+
+def test_config_json_has_the_published_keys(saved):
+    data = json.loads((saved / "config.json").read_text())
+    expected = {
+        "model_type": "openelm",
+        "architectures": ["OpenELMForCausalLM"],
+        "num_transformer_layers": 2,
+        "model_dim": 32,
+        "head_dim": 16,
+        "num_gqa_groups": 1,
+        "num_query_heads": [1, 2],
+        "num_kv_heads": [1, 2],
+        "qkv_multipliers": [0.5, 1.0],
+        "ffn_multipliers": [0.5, 4.0],
+        "ffn_dim_divisor": 8,
+        "ffn_with_glu": True,
+        "activation_fn_name": "swish",
+        "normalization_layer_name": "rms_norm",
+        "normalize_qk_projections": True,
+        "share_input_output_layers": True,
+        "tie_word_embeddings": True,
+        "rope_freq_constant": 10000,
+        "rope_max_length": 4096,
+        "max_context_length": 2048,
+        "vocab_size": 40,
+        "initializer_range": 0.02,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    }
+    assert {key: data[key] for key in expected} == expected
+    assert json.loads((saved / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_large_model_is_cut_into_shards_with_an_index(tmp_path, monkeypatch):
+    model = make()
+    monkeypatch.setattr(folder_module, "SHARD_BYTES", 10_000)
+    folder = save_model(model, tmp_path / "model")
+    shards = sorted(folder.glob("*.safetensors"))
+    count = len(shards)
+    assert count > 2
+    assert [s.name for s in shards] == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    held = {name: shard.name for shard in shards for name in load_file(shard)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == 4 * model.config.num_parameters()
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 10_000
+    assert same_bits(load_model(folder), model)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        load_model(folder)
+
+
+def test_an_embedding_written_twice_is_tolerated(saved):
+    # Some tools write the shared table as lm_head too.
+    edit(saved, lambda t: t.update({"lm_head.weight": t["transformer.token_embeddings.weight"].clone()}))
+    assert same_bits(load_model(saved), make())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop("transformer.layers.1.ffn.proj_2.weight"), "transformer.layers.1.ffn.proj_2.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+        (
+            lambda t: t.update({"transformer.norm.weight": torch.ones(33)}),
+            r"transformer.norm.weight has shape \(33,\).*\(32,\)",
+        ),
+        # One that torch would have broadcast without a word.
+        (lambda t: t.update({"transformer.norm.weight": torch.ones(1)}), r"transformer.norm.weight has shape \(1,\)"),
+    ],
+    ids=["missing", "unknown", "misshapen", "broadcastable"],
+)
+def test_wrong_tensors_are_named(saved, change, named):
+    edit(saved, change)
+    with pytest.raises(UserError, match=named):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_file_cut_short_is_named(saved, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read.*cut short"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", ".."])
+def test_an_index_that_points_outside_is_refused(tmp_path, saved, name):
+    shutil.copytree(saved, tmp_path / "other")
+    (saved / "sub").mkdir()
+    shutil.copy(saved / "model.safetensors", saved / "sub")
+    names = load_file(saved / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="points outside the folder" if name != ".." else "lacks"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(saved, index):
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        load_model(saved)
+
+
+def test_what_is_no_model_folder_is_said(tmp_path, saved):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks model\.safetensors"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must hold an object"),
+        ('{"model_type": "llama"}', "'llama'.*only 'openelm'"),
+        ('{"model_type": "openelm", "dtype": "int8"}', "'int8'.*must be one of"),
+        ('{"model_type": "openelm", "model_dim": 32}', "num_transformer_layers"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_explained(saved, text, said):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json.*" + said):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_fn_name": "gelu"}, {"ffn_with_glu": False}, {"normalization_layer_name": "layer_norm"}],
+    ids=str,
+)
+def test_an_architecture_that_is_not_ours_is_refused_rather_than_computed_wrongly(saved, changes):
+    set_config(saved, **changes)
+    with pytest.raises(UserError, match=r"config\.json.*" + next(iter(changes))):
+        load_model(saved)
+
+
+def test_a_folder_is_overwritten_only_when_told_to(tmp_path, saved):
+    other = make(vocab_size=41)
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"exists.*--overwrite"):
+        save_model(other, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    (saved / "left-over").touch()
+    save_model(other, saved, overwrite=True)
+    assert same_bits(load_model(saved), other)
+    assert not (saved / "left-over").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    class Tokenizer:
+        def save(self, folder: Path) -> None:
+            raise RuntimeError("no tokenizer today")
+
+    with pytest.raises(RuntimeError, match="no tokenizer today"):
+        save_model(make(), tmp_path / "model", tokenizer=Tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_offers_both_under_its_own_name(tmp_path):
+    model = make()
+    openelm.save_model(model, tmp_path / "model", card="# A card\n")
+    assert same_bits(openelm.load_model(tmp_path / "model"), model)
+    assert (tmp_path / "model" / "README.md").read_text() == "# A card\n"
+
+
+def test_loaded_models_are_ready_to_use(saved):
+    model = load_model(saved)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
