@@ -19,13 +19,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
-WORDS = (
-    "after all another before begin between chapter children close country cross earth enough every father follow "
-    "garden group head house idea important island kind large later learn letter light little long mountain mother "
-    "never night north often open other paper people place plant point question quick quiet really right river "
-    "school second sentence seven short small something song spell still story summer table their thing think "
-    "three through tree under until very voice walk watch water white winter without word world write young"
-).split()
+WORDS = """
+    after all another before begin between chapter children close country cross earth enough every father follow
+    garden group head house idea important island kind large later learn letter light little long mountain mother
+    never night north often open other paper people place plant point question quick quiet really right river
+    school second sentence seven short small something song spell still story summer table their thing think
+    three through tree under until very voice walk watch water white winter without word world write young
+""".split()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 from openelm.errors import UserError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 @contextmanager
@@ -25,12 +27,11 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists, and nothing is overwritten unasked: choose another name, or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.tmp-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        with _full_disk_named(path):
-            draft.mkdir()
+        with disk_errors_named(path):
+            draft.mkdir(parents=True)
             yield draft
             for file in [*draft.rglob("*"), draft]:
                 _sync(file)
@@ -49,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with _full_disk_named(path):
+        with disk_errors_named(path):
             yield draft
             _sync(draft)
             draft.replace(path)
@@ -64,13 +65,20 @@ def write_json(path: Path, data: Any) -> None:
         draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def remove_drafts(folder: Path) -> None:
-    """Delete what a killed writer left behind in ``folder``."""
-    for old in folder.glob(".*.old"):
+def remove_folder(path: Path) -> None:
+    """Delete a folder; killed half-way, it leaves a draft and no half folder under the name."""
+    draft = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    path.rename(draft)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_drafts(folder: Path, name: str = "*") -> None:
+    """Delete what a killed writer (of ``name``, or of anything) left behind in ``folder``."""
+    for old in folder.glob(f".{name}.old"):
         # A writer was killed between taking the old folder away and putting the new one there.
-        name = folder / old.name[1:].removesuffix(".old")
-        shutil.rmtree(old, ignore_errors=True) if name.exists() else old.rename(name)
-    for draft in folder.glob(".*.tmp-*"):
+        final = folder / old.name[1:].removesuffix(".old")
+        shutil.rmtree(old, ignore_errors=True) if final.exists() else old.rename(final)
+    for draft in folder.glob(f".{name}.tmp-*"):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
@@ -100,12 +108,26 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written to into a UserError about ``path``."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
+    except Exception as error:
+        number = _error_number(error)
+        if number in _NO_SPACE:
             raise UserError(
-                f"no space left for {path} ({os.strerror(error.errno or 0)}): nothing of it was kept; free some disk"
+                f"no space left for {path} ({os.strerror(number)}): nothing of it was kept; free some disk"
+            ) from error
+        if number in _NOT_WRITABLE:
+            raise UserError(
+                f"{path} cannot be written ({os.strerror(number)}): choose a place that is yours to write to"
             ) from error
         raise
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number of an error; safetensors, written in Rust, only spells it out."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    spelt = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(spelt[1]) if spelt else 0

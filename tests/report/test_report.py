@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from openelm.errors import UserError
-from openelm.report import page, plots
-from openelm.report.page import read_metrics, write_report
+from openelm.report import plots
+from openelm.report.page import write_report
+from openelm.report.run_files import read_metrics, read_run
 
 CONFIG = """\
-model:
+geometry:
   name: demo
   num_parameters: 4931200
   num_transformer_layers: 8
@@ -60,6 +61,8 @@ def metrics(steps: int = 300) -> list[dict[str, Any]]:
             source = {"documents": 3 * step, "tokens": 8192 * step, "bytes": 25000 * step, "epoch": 1}
             account = {"documents": 3 * step, "kept": 3 * step - 16, "too_few_characters": 10}
             account |= {"too_few_tokens": 5, "undecodable": 1, "invalid_utf8": 0, "held_out": 0}
+            # Counted too, but no part of the documents: they once filled the whole bar.
+            account |= {"pieces": 9 * step, "bytes": 25000 * step, "tokens": 8192 * step, "corrupt_files": 0}
             records.append({"kind": "data", "step": step, **account, "sources": {"python": source}})
     return records
 
@@ -144,7 +147,7 @@ def test_torn_last_line_and_unknown_kinds_are_ignored(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [*metrics(100), {"kind": "weather", "step": 100, "loss": [1]}])
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(json.dumps(train(110, 2.0)).encode()[:-20] + b"\xc3")
-    assert [record["step"] for record in page.read_run(run).of_kind("train")] == list(range(10, 101, 10))
+    assert [record["step"] for record in read_run(run).of_kind("train")] == list(range(10, 101, 10))
     assert "at step 100 of 300" in report(run)
 
 
@@ -167,7 +170,9 @@ def test_two_prompts_at_one_step_are_both_shown() -> None:
     assert [record["prompt"] for record in read_metrics("\n".join(lines))] == ["def ", "class "]
 
 
-@pytest.mark.parametrize("config", ["", "model: {}\n", "model: [1\n", "model: {num_query_heads: 4}\ntrain: 3\n"])
+@pytest.mark.parametrize(
+    "config", ["", "geometry: {}\n", "geometry: [1\n", "geometry: {num_query_heads: 4}\ntrain: 3\n"]
+)
 def test_sparse_run_still_gives_a_page(tmp_path: Path, config: str) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.files import remove_drafts, whole_folder
+from openelm.files import remove_drafts, remove_folder, whole_folder
 from openelm.model.folder import copy_tensors, load_config, write_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
@@ -63,7 +62,7 @@ class Checkpoints:
             (draft / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "sha256": sums}, indent=1))
         for step in self.steps()[: -self.keep_last]:
             if not self.milestone_every or step % self.milestone_every:
-                shutil.rmtree(self.path(step))
+                remove_folder(self.path(step))
         return path
 
     def load(self, step: int | None = None) -> Checkpoint:
@@ -94,14 +93,17 @@ class Checkpoints:
     def drop_after(self, step: int) -> None:
         """Delete checkpoints newer than ``step``: a run that goes on from an older one will write them again."""
         for newer in [s for s in self.steps() if s > step]:
-            shutil.rmtree(self.path(newer))
+            remove_folder(self.path(newer))
 
 
 def verify(path: Path) -> None:
     """Check every file against the manifest; UserError names the first that differs."""
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        sums = dict(manifest["sha256"])
+        if path.name != f"step_{manifest['step']:08}":
+            raise ValueError(f"it is of step {manifest['step']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged checkpoint: {path / MANIFEST} cannot be read ({error})") from error
     for name, expected in sums.items():
         file = path / name

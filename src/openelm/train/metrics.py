@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from openelm.errors import UserError
-from openelm.files import whole_file
+from openelm.files import disk_errors_named, whole_file
 
 PRINT_EVERY_S = 10.0
 
@@ -32,7 +32,8 @@ class Recorder:
         elapsed_s: float = 0.0,
         trackers: tuple[Callable[[dict[str, Any]], None], ...] = (),
     ) -> None:
-        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = run / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)  # each entry is written, or refused, at once
         self._steps, self._trackers = steps, trackers
         self._start_s = time.perf_counter() - elapsed_s
         self._first: tuple[float, int] | None = None
@@ -46,8 +47,10 @@ class Recorder:
 
     def write(self, entry: dict[str, Any]) -> None:
         """One object of any kind."""
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with disk_errors_named(self._path):
+            while line:  # a disk that is almost full takes a part
+                line = line[self._file.write(line) :]
         for tracker in self._trackers:
             tracker(entry)
         if entry["kind"] == "validation":
@@ -69,7 +72,7 @@ class Recorder:
         print(("\r\x1b[K" if self._tty else "") + text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Recorder:
@@ -102,18 +105,19 @@ def cut_back(metrics: Path, step: int) -> float:
     """Drop what was recorded after ``step`` (and a torn last line); the seconds of training up to there."""
     if not metrics.is_file():
         return 0.0
-    kept: list[str] = []
+    kept: list[bytes] = []
     elapsed_s = 0.0
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    # As bytes: a torn line may end within a character, and a sample may hold what str takes for a line's end.
+    for line in metrics.read_bytes().split(b"\n"):
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if entry["step"] <= step:
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
             elapsed_s = entry.get("timing", {}).get("elapsed_s", elapsed_s)
     with whole_file(metrics) as draft:
-        draft.write_text("".join(kept), encoding="utf-8")
+        draft.write_bytes(b"".join(kept))
     return elapsed_s
 
 

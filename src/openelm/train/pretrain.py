@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from openelm.data.stream import TokenStream
 from openelm.data.tokenizer import Tokenizer
 from openelm.environment import environment
 from openelm.errors import UserError
-from openelm.files import remove_drafts, whole_file, write_json
+from openelm.files import remove_drafts, whole_folder, write_json
 from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
@@ -67,6 +67,7 @@ def prepare(config: RunConfig, run: Path | None = None) -> Parts:
 
 def pretrain(config: RunConfig, run: Path, *, resume: bool, resume_step: int | None, overwrite: bool) -> dict[str, Any]:
     """Train, average, compare, and write the model folder; returns the summary that summary.json holds."""
+    remove_drafts(run.parent, glob.escape(run.name))  # of a start that was killed
     if run.exists() and not (resume or overwrite):
         raise UserError(f"{run} exists: go on with --resume, start anew with --overwrite, or choose --run FOLDER")
     if run.exists() and overwrite and any(run.iterdir()) and not (run / "config.yaml").is_file():
@@ -159,7 +160,8 @@ def _finish(
     weights = dict(optimizer.masters)
     if ready.held_out.rows:
         scores["last"] = probes.evaluate(model, ready.held_out, rows)["bits_per_byte"]
-    count = min(train.average_last, len(checkpoints.steps()))
+    # Not how many there happen to be: a run killed before it deleted the oldest would average one more.
+    count = min(train.average_last, train.keep_last, len(checkpoints.steps()))
     if count > 1:
         _write_model(ready, run / "model-last", weights, scores.get("last"), train.steps, tokens)
         _, weights, steps = average_checkpoints(checkpoints, count)
@@ -248,7 +250,8 @@ def _model_and_optimizer(ready: Parts) -> tuple[OpenELM, Optimizer]:
 
 def _load(checkpoints: Checkpoints, ready: Parts, optimizer: Optimizer, step: int | None) -> Checkpoint | None:
     """Put a run where its checkpoint was; None where it was stopped before the first one."""
-    remove_drafts(checkpoints.folder)
+    for folder in (checkpoints.folder.parent, checkpoints.folder, checkpoints.folder.parent / "report"):
+        remove_drafts(folder)
     if not checkpoints.steps() and step is None:
         return None
     checkpoint = checkpoints.load(step)
@@ -260,19 +263,18 @@ def _load(checkpoints: Checkpoints, ready: Parts, optimizer: Optimizer, step: in
 
 def _create(run: Path, ready: Parts, resolved: dict[str, Any]) -> None:
     """Make the run folder, with what it will compute and on what."""
-    if run.exists():
-        shutil.rmtree(run)
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "tokenizer").mkdir()
-    ready.tokenizer.save(run / "tokenizer")
-    write_json(run / "environment.json", environment())
     geometry = {
         **ready.geometry.as_dict(),
         "ffn_dims": list(ready.geometry.ffn_dims),
         "num_parameters": ready.geometry.num_parameters(),
     }
-    with whole_file(run / "config.yaml") as draft:
-        draft.write_text(yaml.safe_dump({**resolved, "geometry": geometry}, sort_keys=False), encoding="utf-8")
+    with whole_folder(run, overwrite=True) as draft:
+        (draft / "checkpoints").mkdir()
+        (draft / "tokenizer").mkdir()
+        ready.tokenizer.save(draft / "tokenizer")
+        write_json(draft / "environment.json", environment())
+        text = yaml.safe_dump({**resolved, "geometry": geometry}, sort_keys=False)
+        (draft / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _check_same(run: Path, resolved: dict[str, Any]) -> None:

@@ -1,0 +1,71 @@
+"""The mean of checkpoints, to the last bit."""
+
+import pytest
+import torch
+
+from openelm.errors import UserError
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM, init_weights
+from openelm.train.average import average_checkpoints
+from openelm.train.checkpoint import Checkpoint, Checkpoints
+
+CONFIG = ModelConfig(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, vocab_size=20)
+
+
+def weights_of(seed: int, config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
+    model = OpenELM(config)
+    init_weights(model, seed)
+    return model.state_dict()
+
+
+def save(checkpoints: Checkpoints, step: int, config: ModelConfig = CONFIG) -> None:
+    checkpoints.save(config, Checkpoint(step, weights_of(step, config), {}, {}))
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=9)
+    for step in (10, 20, 30, 40):
+        save(checkpoints, step)
+    return checkpoints
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_the_mean_is_that_of_the_newest_rounded_once(checkpoints, last):
+    config, mean, steps = average_checkpoints(checkpoints, last)
+    assert steps == [10, 20, 30, 40][-last:]
+    assert config.num_parameters() == CONFIG.num_parameters()
+    each = [weights_of(step) for step in steps]
+    for name, tensor in mean.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, torch.stack([w[name].double() for w in each]).mean(0).float()), name
+
+
+def test_the_mean_does_not_lose_what_fp32_sums_lose(tmp_path):
+    # 1 + 2**-24, three times: each addition in fp32 drops the small part.
+    checkpoints = Checkpoints(tmp_path, keep_last=9)
+    weights = weights_of(0)
+    for step, value in ((1, 2.0**24), (2, 1.0), (3, 1.0)):
+        checkpoints.save(CONFIG, Checkpoint(step, {**weights, "norm.weight": torch.full((32,), value)}, {}, {}))
+    _, mean, _ = average_checkpoints(checkpoints, 3)
+    assert set(mean["norm.weight"].tolist()) == {torch.tensor((2**24 + 2) / 3, dtype=torch.float32).item()}
+
+
+@pytest.mark.parametrize("last", [5, 0, -1])
+def test_more_than_there_are_is_refused(checkpoints, last):
+    with pytest.raises(UserError, match=rf"has \d checkpoints, not {last}.*--last"):
+        average_checkpoints(checkpoints, last)
+
+
+def test_a_damaged_one_is_named_and_an_older_damaged_one_is_not_looked_at(checkpoints):
+    for step in (10, 30):
+        (checkpoints.path(step) / "model.safetensors").write_bytes(b"")
+    assert average_checkpoints(checkpoints, 1)[2] == [40]
+    with pytest.raises(UserError, match=r"step_00000030/model\.safetensors"):
+        average_checkpoints(checkpoints, 3)
+
+
+def test_another_geometry_among_them_is_refused(checkpoints):
+    save(checkpoints, 50, CONFIG.changed(ffn_multipliers=2.0))
+    with pytest.raises(UserError, match="another geometry"):
+        average_checkpoints(checkpoints, 2)
