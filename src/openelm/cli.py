@@ -81,5 +81,9 @@ def _call(name: str, argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(argv))
+    try:
+        arguments = parser.parse_intermixed_args(argv)  # overrides may stand behind options
+    except TypeError:  # argparse cannot do that where there are sub-commands
+        arguments = parser.parse_args(argv)
+    code: int = module.run(arguments)
     return code

@@ -1,0 +1,90 @@
+"""Every command and every line of Python in the README runs, shortened where it is long."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from openelm import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"`(openelm [^`]+)`", README)
+# The same recipe on a model that trains in seconds.
+SHORT = [
+    "model.model_dim=64",
+    "model.head_dim=32",
+    "model.num_gqa_groups=1",
+    "model.num_transformer_layers=2",
+    "tokenizer.train_bytes=400000",
+    "tokenizer.vocab_size=512",
+    "data.row_length=64",
+    "data.validation_tokens=2000",
+    "train.steps=6",
+    "train.warmup_steps=2",
+    "train.checkpoint_every=1",
+    "train.sample_tokens=4",
+]
+
+
+def shortened(command: str) -> list[str]:
+    words = shlex.split(command)[1:]
+    if words[0] == "pretrain":
+        given = {word.partition("=")[0] for word in words}
+        words += [pair for pair in SHORT if pair.partition("=")[0] not in given]
+        words = [re.sub(r"^train\.steps=\d+", "train.steps=8", word) for word in words]
+    if words[0] == "bench":
+        words += ["--row-length", "32", "--micro-batch", "1", "--micro-batches", "1", "--steps", "1", "--warmup", "0"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a newcomer has it after `make demo`, with some text of their own."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "README.md").write_text(README, encoding="utf-8")
+    (folder / "my" / "texts").mkdir(parents=True)
+    for source in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.py")]:
+        (folder / "my" / "texts" / f"{source.stem}.txt").write_text(
+            source.read_text(encoding="utf-8"), encoding="utf-8"
+        )
+    (folder / "my.jsonl").write_text('{"text": "' + "some words and more, " * 60 + '"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OPENELM_CACHE", str(folder / "cache"))
+        assert cli.run(shortened("openelm pretrain demo")) == 0
+    return folder
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OPENELM_CACHE", str(folder / "cache"))
+    words = shortened(command)
+    if "runs/mine" in words:
+        words.append("--overwrite")  # several examples write there
+    assert cli.run(words) == 0
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).strip()
+
+
+def test_python_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"tokens": torch.tensor([[1, 2, 3]])}
+    exec(code.replace('from_name("270M")', 'from_name("30M", vocab_size=64)'), names)
+    assert names["logits"].shape == (1, 3, 512)  # type: ignore[attr-defined]
+
+
+def test_every_linked_file_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    missing = [link for link in links if not (ROOT / link).is_file()]
+    assert not missing
