@@ -25,7 +25,7 @@ WORDS = """
     never night north often open other paper people place plant point question quick quiet really right river
     school second sentence seven short small something song spell still story summer table their thing think
     three through tree under until very voice walk watch water white winter without word world write young
-""".split()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def write_text(folder: Path, documents: int, seed: int) -> Path:
     draw = random.Random(seed)
     folder.mkdir(parents=True)
     for number in range(documents):
-        words = draw.choices(WORDS, k=draw.randint(60, 400))
+        words = draw.choices(WORDS.split(), k=draw.randint(60, 400))
         lines = [" ".join(words[i : i + 11]).capitalize() + "." for i in range(0, len(words), 11)]
         (folder / f"{number:03}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -47,7 +47,8 @@ def run(argv: list[str]) -> int:
     except UserError as error:
         if show_traceback:
             raise
-        print(f"openelm {argv[0]}: error: {error}", file=sys.stderr)
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"openelm {argv[0]}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"openelm {argv[0]}: interrupted", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ Int = Annotated[int, Strict()]
 class Section(BaseModel):
     """Part of a recipe: frozen, and strict about what it holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -55,6 +57,7 @@ class ModelSection(Section):
     def _has_a_size(self) -> ModelSection:
         if not self.size and not (self.model_dim and self.num_transformer_layers):
             raise ValueError("give model.size, or model.model_dim and model.num_transformer_layers")
+        self.build(vocab_size=1, bos_id=1, eos_id=2)  # says what is wrong with the geometry itself
         return self
 
 
@@ -138,18 +141,26 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainSection:
+        problems = []
         if self.global_batch % self.micro_batch:
             near = max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch
-            raise ValueError(
+            problems.append(
                 f"train.global_batch={self.global_batch} rows is not a multiple of "
                 f"train.micro_batch={self.micro_batch}: use {near}, or change train.micro_batch"
             )
         if self.warmup_steps >= self.steps:
-            raise ValueError(
+            problems.append(
                 f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}: lower it"
             )
+        elif self.decay_steps > self.steps - self.warmup_steps:
+            problems.append(
+                f"train.decay_steps={self.decay_steps} must be at most the {self.steps - self.warmup_steps} steps "
+                "after the warm-up: lower it"
+            )
         if self.min_lr > self.lr:
-            raise ValueError(f"train.min_lr={self.min_lr} must not be above train.lr={self.lr}")
+            problems.append(f"train.min_lr={self.min_lr} must not be above train.lr={self.lr}: lower it")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -162,6 +173,16 @@ class RunConfig(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
     train: TrainSection
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> RunConfig:
+        context = self.model.build(vocab_size=1, bos_id=1, eos_id=2).max_context_length
+        if self.data.row_length > context:
+            raise ValueError(
+                f"data.row_length={self.data.row_length} is more than model.max_context_length={context}: shorten the "
+                "rows, or raise the context length"
+            )
+        return self
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
@@ -187,6 +208,7 @@ def resolve(data: dict[str, Any], origin: str) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         problems = [_problem(entry) for entry in error.errors()]
+        problems += [found for found in _problems_between(data, error) if found not in problems]
         raise UserError(f"{origin}: " + "; ".join(problems)) from None
 
 
@@ -247,6 +269,26 @@ def _item(items: list[Any], key: str, override: str) -> Any:
     if not key.isdecimal() or int(key) >= len(items):
         raise UserError(f"override {override!r}: {key!r} must be a number from 0 to {len(items) - 1}")
     return items[int(key)]
+
+
+def _problems_between(data: dict[str, Any], error: ValidationError) -> list[str]:
+    """What does not fit together among the values that are sound: pydantic looks at it only where all are."""
+    sound = copy.deepcopy(data)
+    for entry in error.errors():
+        inner: Any = sound
+        for key, following in pairwise([*entry["loc"], None]):
+            if not (isinstance(inner, dict) and key in inner):
+                break
+            if isinstance(inner[key], dict) and following is not None:
+                inner = inner[key]
+            else:
+                del inner[key]
+                break
+    try:
+        RunConfig.model_validate(sound)
+    except ValidationError as left:
+        return [_problem(entry) for entry in left.errors() if entry["type"] == "value_error"]
+    return []
 
 
 def _problem(entry: Any) -> str:

@@ -149,9 +149,7 @@ def test_heads_that_disagree_with_the_multipliers_are_refused():
     with pytest.raises(UserError, match=re.escape("num_query_heads=[4, 4] disagrees")):
         ModelConfig(model_dim=256, num_transformer_layers=2, num_gqa_groups=1, num_query_heads=(4, 4))
     with pytest.raises(UserError, match=re.escape("num_kv_heads=[4, 4] must be")):
-        ModelConfig(
-            model_dim=256, num_transformer_layers=2, num_gqa_groups=2, qkv_multipliers=1.0, num_kv_heads=(4, 4)
-        )
+        ModelConfig(model_dim=256, num_transformer_layers=2, num_gqa_groups=2, qkv_multipliers=1.0, num_kv_heads=(4, 4))
 
 
 def test_all_problems_are_reported_at_once_with_their_values():

@@ -49,9 +49,7 @@ def rows(step: int, number: int = 8, length: int = 16) -> Batch:
 
 
 def cut(batch: Batch, size: int) -> list[Batch]:
-    return [
-        Batch(batch.tokens[i : i + size], batch.targets[i : i + size]) for i in range(0, len(batch.tokens), size)
-    ]
+    return [Batch(batch.tokens[i : i + size], batch.targets[i : i + size]) for i in range(0, len(batch.tokens), size)]
 
 
 def train(steps: list[list[Batch]], *, dtype=torch.float32, settings=None, **options) -> tuple[OpenELM, Notes]:
@@ -159,7 +157,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.layers[0].ffn.proj_1.weight.register_hook(lambda gradient: gradient / 0)
     optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    with pytest.raises(UserError, match="gradient norm (nan|inf)"):
+    with pytest.raises(UserError, match=r"gradient norm (nan|inf)"):
         loop.run(
             model,
             optimizer,

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openelm.model.cache import Cache
+from openelm.model.functional import rms_norm, rotate, swiglu
 from openelm.model.geometry import ModelConfig
 from openelm.model.loss import fused_cross_entropy
-
-NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -27,22 +26,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS) * self.weight
+        return rms_norm(x, self.weight)
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines in fp32 for ``positions`` (any shape): each (*positions.shape, head_dim)."""
+    """Cosines and sines in fp32 for ``positions`` (any shape): each (*positions.shape, head_dim / 2)."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[..., None].float() * inverse
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the two halves of each head, computed in fp32."""
-    x = x_BHTK.float()
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x_BHTK)
 
 
 class Attention(nn.Module):
@@ -83,8 +74,7 @@ class FeedForward(nn.Module):
         self.proj_2 = nn.Linear(width, model_dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = self.proj_1(x_BTD).chunk(2, dim=-1)
-        return self.proj_2(F.silu(gate_BTF) * up_BTF)
+        return self.proj_2(swiglu(self.proj_1(x_BTD)))
 
 
 class Block(nn.Module):

@@ -80,7 +80,6 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     folder = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     model = folder / "tokenizer.model"
     if not model.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         train_tokenizer(training_texts(config, config.tokenizer.train_bytes), model, config.tokenizer.vocab_size)
     return Tokenizer.load(model)
 
@@ -121,11 +120,6 @@ def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, beyond model.vocab_size={model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    if config.data.row_length > model.max_context_length:
-        raise UserError(
-            f"data.row_length={config.data.row_length} is more than model.max_context_length="
-            f"{model.max_context_length}: shorten the rows, or raise the context length"
         )
     if config.train.init_from:
         start, _ = load_config(Path(config.train.init_from))

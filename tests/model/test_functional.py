@@ -1,0 +1,65 @@
+"""The written-out backward passes equal autograd's on the plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openelm.model.functional import NORM_EPS, rms_norm, rotate, swiglu
+
+
+def plain_norm(x: Tensor, gain: Tensor) -> Tensor:
+    unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+    return unit.to(x.dtype) * gain
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    left, right = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
+
+
+def plain_swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+
+# fp32: sums of 64 terms of about one, in another order. bf16: two or three roundings of 2**-8, of values up to about four.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("operation", ["norm", "rotate", "swiglu"])
+def test_forward_and_gradients_equal_the_plain_formula(operation: str, dtype: torch.dtype) -> None:
+    x = draw(3, 4, 5, 64, dtype=dtype, seed=1)
+    angles = torch.arange(5.0)[:, None] * torch.linspace(0.1, 2.0, 32)
+    if operation == "norm":
+        inputs: tuple[Tensor, ...] = (x, draw(64, dtype=dtype, seed=2))
+        ours, plain = rms_norm(*inputs), plain_norm(*inputs)
+    elif operation == "rotate":
+        inputs = (x,)
+        ours, plain = (f(x, angles.cos(), angles.sin()) for f in (rotate, plain_rotate))
+    else:
+        inputs = (x,)
+        ours, plain = swiglu(x), plain_swiglu(x)
+    upstream = draw(*ours.shape, dtype=dtype, seed=3).detach()
+    torch.testing.assert_close(ours, plain, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
+    ):
+        assert mine.dtype == dtype
+        # A gain's gradient sums 60 rounded terms.
+        torch.testing.assert_close(mine, theirs, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_only_inputs_are_kept_for_the_backward_pass() -> None:
+    kept: list[Tensor] = []
+    both = draw(2, 3, 64, dtype=torch.float32, seed=1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        swiglu(both)
+    assert [t.data_ptr() for t in kept] == [both.data_ptr()]
