@@ -28,7 +28,6 @@ FLOORS = (
     {"errors", "__init__"},
 )
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
-# The recipe builds the geometry; a run and its checkpoint write folders, whole or not at all.
 OPTIONAL = {
     "aiohttp", "fastapi", "gcsfs", "gguf", "lm_eval", "matplotlib", "mlx", "mlx_lm", "peft", "s3fs", "starlette",
     "tensorboard", "torch.utils.tensorboard", "transformers", "trl", "uvicorn", "wandb",
@@ -90,7 +89,6 @@ def test_imports_go_down_only(path):
     for imported in own_imports(path):
         other = part(imported)
         same_package = own == other and (ROOT / own).is_dir()
-        # The recipe is made of the geometry, and of nothing else on its floor.
         assert same_package or FLOOR[other] < FLOOR[own], f"{module_name(path)} imports {imported}, which is not below"
 
 

@@ -516,3 +516,16 @@ def test_shares_are_right_within_one_percent_after_ten_million_tokens(tmp_path: 
     counts = reading.counts()
     for name, (share, _, _) in specs.items():
         assert abs(counts["sources"][name]["tokens"] / counts["tokens"] - share) < 0.01
+
+
+def test_a_tokenizer_whose_bos_is_its_eos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 100)
+
+    class OneEnd:
+        bos_id = eos_id = 2
+
+        def encode(self, text: str) -> list[int]:
+            return [3] * len(text)
+
+    with pytest.raises(UserError, match="one id, 2, for the beginning and the end"):
+        TokenStream([Source("a", str(tmp_path))], OneEnd(), Preparation(), Packing(8), seed=0, shards=1)

@@ -29,7 +29,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
 
 
-# fp32: sums of 64 terms of about one, in another order. bf16: two or three roundings of 2**-8, of values up to about four.
+# fp32: sums of 64 terms of about one, in another order. bf16: two or three roundings of 2**-8, of values up to four.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 
 

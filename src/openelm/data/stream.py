@@ -96,6 +96,11 @@ class TokenStream:
         shards: int,
         held_out: float = 0.0,
     ) -> None:
+        if tokenizer.bos_id == tokenizer.eos_id:
+            raise UserError(
+                f"the tokenizer has one id, {tokenizer.bos_id}, for the beginning and the end of text: pieces are told "
+                "apart by their BOS, so it must be another; add a BOS token to the tokenizer"
+            )
         self.sources, self.tokenizer = list(sources), tokenizer
         self.preparation, self.packing = preparation, packing
         self.shards, self.held_out = shards, held_out
