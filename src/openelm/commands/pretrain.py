@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     folder = Path(args.run or Path("runs") / config.name)
     resume = args.resume or args.resume_step is not None
+    if resume and args.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
     if args.minutes is not None:
         steps = _steps_begun(folder) if resume else _steps_that_fit(config, args.minutes)
         config = load_recipe(args.recipe, [*args.overrides, f"train.steps={steps}"])

@@ -90,8 +90,8 @@ class _SwiGLU(torch.autograd.Function):
         d_gate, d_up = d_both.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
-        torch.mul(d_y, silu, out=d_up)
+        d_up.copy_(d_y).mul_(silu)
         # d silu / d gate = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid)
         slope = sigmoid.addcmul(silu, 1 - sigmoid)
-        torch.mul(slope.mul_(d_y), up, out=d_gate)
+        d_gate.copy_(slope).mul_(d_y).mul_(up)
         return d_both

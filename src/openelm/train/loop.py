@@ -68,6 +68,8 @@ def run(
         start_s = time.perf_counter()
         chunk = next(batches)
         weight = sum(batch.valid_tokens() for batch in chunk.batches)
+        if not weight:
+            raise UserError(f"step {step + 1}: its rows hold no target that counts: make data.row_length longer")
 
         loss = torch.zeros(())
         sums: dict[str, Tensor] = {}

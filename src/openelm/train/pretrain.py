@@ -31,7 +31,7 @@ from openelm.train.optim import Optimizer
 from openelm.train.schedule import Schedule
 
 # What may differ between a run and its resume: none of it changes a number that is computed.
-FREE_KEYS = {"train.log_every", "train.tensorboard", "train.wandb", "train.keep_last", "train.milestone_every"}
+FREE_KEYS = {"train.log_every", "train.tensorboard", "train.wandb", "train.milestone_every"}
 
 
 @dataclass(frozen=True)
