@@ -25,13 +25,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 	touch $@
 
 demo: runs/demo/summary.json
-	$(BIN)/openelm generate runs/demo --prompt 'def ' --max-tokens 120 --temperature 0.7 --top-p 0.95
+	$(BIN)/openelm generate runs/demo --prompt 'def read(self' --max-tokens 120 --temperature 0.7 --top-p 0.95
 	@echo
 	@echo "The curve, the samples and the geometry: runs/demo/report/index.html"
 
 # A run that was stopped goes on where it was.
 runs/demo/summary.json: | .venv/user
-	$(BIN)/openelm pretrain demo --minutes 4.5 $(if $(wildcard runs/demo/config.yaml),--resume,)
+	$(BIN)/openelm pretrain demo --minutes 4.2 $(if $(wildcard runs/demo/config.yaml),--resume,)
 
 test: .venv/developer
 	$(BIN)/python -m pytest
