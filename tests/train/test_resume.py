@@ -173,7 +173,7 @@ def test_another_recipe_is_refused_with_every_key_named(recipe, write_recipe, tm
         assert part in error
     assert outcome(run) == alone
     # What changes no number may differ.
-    assert cli.run([*command, "train.log_every=1", "train.keep_last=4"]) == 0
+    assert cli.run([*command, "train.log_every=1", "train.milestone_every=2"]) == 0
 
 
 def test_resuming_what_is_not_there_is_refused(recipe, write_recipe, tmp_path, capsys):

@@ -21,8 +21,6 @@ from openelm.model.transformer import OpenELM
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
-# Choices that the published folders spell out and that are not open here.
-FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
 
 
 class Tokenizer(Protocol):
@@ -91,9 +89,8 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold an object with the model's keys")
-    for key, expected in {"model_type": "openelm", **FIXED}.items():
-        if data.get(key, FIXED.get(key)) != expected:
-            raise UserError(f"{path} says {key} {data.get(key)!r}: only {expected!r} can be read")
+    if data.get("model_type") != "openelm":
+        raise UserError(f"{path} says model_type {data.get('model_type')!r}: only 'openelm' can be read")
     name = data.get("dtype") or data.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise UserError(f"{path} says dtype {name!r}: it must be one of {', '.join(DTYPES)}")
@@ -101,7 +98,10 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     for key in ("model_dim", "num_transformer_layers"):
         if key not in data:
             raise UserError(f"{path} lacks {key}, without which there is no model")
-    return ModelConfig(**{k: v for k, v in data.items() if k in known}), DTYPES[name]
+    try:
+        return ModelConfig(**{k: v for k, v in data.items() if k in known}), DTYPES[name]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def copy_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
@@ -137,7 +137,6 @@ def config_to_folder(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "model_type": "openelm",
         "architectures": ["OpenELMForCausalLM"],
         "ffn_multipliers": list(config.betas),
-        **FIXED,
         "tie_word_embeddings": config.share_input_output_layers,
         "dtype": next(name for name, value in DTYPES.items() if value == dtype),
         "use_cache": True,

@@ -22,6 +22,9 @@ SIZES: dict[str, dict[str, int]] = {
     "3B": dict(model_dim=3072, num_transformer_layers=36, head_dim=128),
 }
 
+# Choices that the published folders spell out, and that are not open here.
+FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -50,6 +53,9 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     initializer_range: float = 0.02
+    ffn_with_glu: bool = True
+    activation_fn_name: str = "swish"
+    normalization_layer_name: str = "rms_norm"
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -85,6 +91,9 @@ class ModelConfig:
                 problems.append(f"{name}={value!r} must be a whole number of at least 1")
         if isinstance(self.head_dim, int) and self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} must be even, because RoPE rotates its two halves")
+        for name, only in FIXED.items():
+            if getattr(self, name) != only:
+                problems.append(f"{name}={getattr(self, name)!r} is not built: it must be {only!r}")
         for name in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)

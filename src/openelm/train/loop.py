@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openelm.data.loader import Step
 from openelm.errors import UserError
+from openelm.train.allocator import keep_freed_memory
 from openelm.train.metrics import peak_memory_bytes
 from openelm.train.optim import Optimizer
 from openelm.train.schedule import Schedule
@@ -63,6 +64,7 @@ def run(
     micro-batches and padding change nothing beyond rounding. Raises UserError at a loss or gradient that is not
     finite, before it reaches the weights.
     """
+    keep_freed_memory()
     batches = iter(data)
     for step in range(first_step, settings.steps):
         start_s = time.perf_counter()

@@ -9,11 +9,14 @@ from typing import Any
 from openelm.config import RunConfig
 from openelm.data.sources import find_units
 from openelm.model.geometry import ModelConfig
+from openelm.model.loss import CHUNK_LOGITS
 from openelm.train import parts
 from openelm.train.metrics import gemm_flops_per_s
 
 # Share of a matrix product's rate that training reaches (docs/benchmarks.md).
 TYPICAL_MFU = 0.75
+# Python, torch and their threads, before the first tensor.
+PROCESS_BYTES = 350 * 2**20
 
 
 def plan_run(config: RunConfig, run: Path) -> dict[str, Any]:
@@ -57,8 +60,10 @@ def memory_bytes(config: RunConfig, model: ModelConfig, *, compute_bytes: int) -
         if config.train.activation_checkpointing:
             per_token += model.model_dim
             continue
-        heads = (query + 2 * kv) * model.head_dim
-        # Norms' inputs and outputs, projections, normalised and rotated queries and keys, attention, SwiGLU.
-        per_token += 6 * model.model_dim + 4 * heads + 2 * query * model.head_dim + 4 * ffn
+        # What the backward pass keeps: both norms' inputs and outputs; the projection; rotated queries and keys;
+        # attention's output twice (its own, and laid out for out_proj); gate, up and their product.
+        per_token += 4 * model.model_dim + (4 * query + 3 * kv) * model.head_dim + 3 * ffn
     rows = config.train.micro_batch * config.data.row_length
-    return states + per_token * rows * compute_bytes + 8 * model.vocab_size * model.model_dim + 400 * 2**20
+    # The output layer's gradient twice, as it is made and as it is added; a few chunks of logits.
+    loss = 8 * model.vocab_size * model.model_dim + 12 * min(CHUNK_LOGITS, rows * model.vocab_size)
+    return states + per_token * rows * compute_bytes + loss + PROCESS_BYTES
