@@ -221,8 +221,9 @@ def test_short_numbers(value: float, text: str) -> None:
 
 def test_running_mean_follows_a_straight_line_and_passes_over_nan() -> None:
     line = [float(value) for value in range(240)]
-    assert plots.running_mean(line) == pytest.approx(line)
-    assert plots.running_mean([1.0, math.nan, 3.0]) == [1.0, 2.0, 3.0]
+    # A window reaches four points to each side; the last four hold its last mean.
+    assert plots.running_mean(line) == pytest.approx([*line[:-4], *[235.0] * 4])
+    assert plots.running_mean([1.0, math.nan, 3.0, 5.0]) == [1.0, 2.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize(("elapsed_s", "text"), [(59.7, "1 min 00 s"), (12, "12 s"), (7500, "2 h 05 min")])

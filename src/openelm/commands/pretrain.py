@@ -42,8 +42,12 @@ def run(args: argparse.Namespace) -> int:
     resume = args.resume or args.resume_step is not None
     if resume and args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
-    if args.minutes is not None:
-        steps = _steps_begun(folder) if resume else _steps_that_fit(config, args.minutes)
+    steps = None
+    if resume and not any(override.startswith("train.steps=") for override in args.overrides):
+        steps = _steps_begun(folder)  # which --minutes may have chosen
+    elif args.minutes is not None and not resume:
+        steps = _steps_that_fit(config, args.minutes)
+    if steps is not None:
         config = load_recipe(args.recipe, [*args.overrides, f"train.steps={steps}"])
     if args.dry_run:
         return _dry_run(config, folder, as_json=args.json)
@@ -88,15 +92,17 @@ def _steps_that_fit(config: RunConfig, minutes: float) -> int:
     return max(steps, 2 * train.warmup_steps, train.average_last * train.checkpoint_every)
 
 
-def _steps_begun(folder: Path) -> int:
-    """The steps that a run was begun with."""
+def _steps_begun(folder: Path) -> int | None:
+    """The steps that a run was begun with; None where there is no run (what follows says so)."""
     import yaml
 
     from openelm.errors import UserError
 
     try:
         return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder} cannot be resumed: its config.yaml does not say train.steps ({error})") from error
 
 

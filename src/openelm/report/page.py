@@ -134,7 +134,7 @@ def _learning(files: RunFiles, folder: Path) -> str:
     if train:
         losses = column(train, "loss")
         curve = Curve("Training loss (nats per token)", tokens_at(files, train), losses, smooth=True)
-        alt = f"Training loss, from {losses[0]:.2f} to {losses[-1]:.2f}."
+        alt = f"Training loss, from {losses[0]:.2f} to {plots.running_mean(losses)[-1]:.2f}."
         caption = alt + " Pale: as logged; dark: running mean."
         figures.append(plots.embed(folder, "loss", partial(plots.draw_curve, curve), alt, caption))
     if checks:

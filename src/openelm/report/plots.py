@@ -161,9 +161,11 @@ def running_mean(values: Sequence[float]) -> list[float]:
     reach = max(1, len(values) // 60)
     means = []
     for index in range(len(values)):
-        # Alike on both sides, so that the mean of a falling curve does not lag behind it.
-        near = min(reach, index, len(values) - 1 - index)
-        window = [value for value in values[index - near : index + near + 1] if math.isfinite(value)]
+        # Alike on both sides, so that the mean of a falling curve does not lag behind it; level at the end, where a
+        # shrinking window would only follow the noise of the last points.
+        centre = max(0, min(index, len(values) - 1 - reach))
+        near = min(reach, centre)
+        window = [value for value in values[centre - near : centre + near + 1] if math.isfinite(value)]
         means.append(mean(window) if window else math.nan)
     return means
 
