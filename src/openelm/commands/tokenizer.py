@@ -80,32 +80,25 @@ class Sample:
     def __init__(self, args: argparse.Namespace) -> None:
         from openelm.data.sources import Source, find_units
 
-        sources = [Source(name=path, path=path, text_key=args.text_key) for path in args.files]
-        self.parts = [(source, find_units(source)) for source in sources]
-        self.sizes = [max(1, sum(unit.size_bytes for unit in units)) for _, units in self.parts]
+        self.sources = [Source(name=path, path=path, text_key=args.text_key) for path in args.files]
+        self.sizes = [max(1, sum(unit.size_bytes for unit in find_units(source))) for source in self.sources]
         self.max_bytes, self.seed = args.max_bytes, args.seed
         self.documents = self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         from openelm.data.filters import utf8_bytes
-        from openelm.data.walk import Blocks, NothingLeft, Walk
+        from openelm.data.walk import documents_once
 
-        for index, (source, units) in enumerate(self.parts):
+        for index, source in enumerate(self.sources):
             left = self.max_bytes * self.sizes[index] / sum(self.sizes)
-            walk = Walk(Blocks(source, units, lambda path: None), shard=0, shards=1, key=(self.seed, index))
-            while left > 0:
-                try:
-                    found = walk.next()
-                except NothingLeft:
+            for text in documents_once(source, (self.seed, index)):
+                if left <= 0:
                     break
-                if found.after.epoch:
-                    break
-                if found.text:
-                    size = utf8_bytes(found.text)
-                    left -= size
-                    self.documents += 1
-                    self.bytes += size
-                    yield found.text
+                size = utf8_bytes(text)
+                left -= size
+                self.documents += 1
+                self.bytes += size
+                yield text
 
 
 def show_one(args: argparse.Namespace) -> int:

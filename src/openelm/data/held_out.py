@@ -13,9 +13,9 @@ import numpy as np
 from openelm.data.filters import utf8_bytes
 from openelm.data.packing import Batch, Ids, Packing
 from openelm.data.pieces import Preparation, Tokenizer
-from openelm.data.sources import Source, find_units
+from openelm.data.sources import Source
 from openelm.data.stream import is_held_out
-from openelm.data.walk import Blocks, NothingLeft, Walk
+from openelm.data.walk import documents_once
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,7 @@ def held_out_set(
 
 def held_out_documents(source: Source, fraction: float, key: tuple[object, ...]) -> Iterator[str]:
     """The held-out documents of one source, once each, in the order of the stream's first epoch."""
-    walk = Walk(Blocks(source, find_units(source), lambda path: None), shard=0, shards=1, key=key)
-    try:
-        while True:
-            found = walk.next()
-            if found.after.epoch:
-                return
-            if found.text is not None and is_held_out(found.text, fraction):
-                yield found.text
-    except NothingLeft:
-        return
+    return (text for text in documents_once(source, key) if is_held_out(text, fraction))
 
 
 def order_0_bits_per_byte(texts: Sequence[str]) -> float:

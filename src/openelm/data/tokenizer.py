@@ -11,7 +11,6 @@ import codecs
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from openelm.data.sentencepiece_model import SPACE, without_thread_count
 from openelm.data.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
 from openelm.errors import UserError
+from openelm.files import write_bytes
 
 SENTENCEPIECE_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
@@ -90,7 +90,7 @@ class Tokenizer:
             files[SENTENCEPIECE_FILE] = self._backend.raw
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write_whole(folder / name, content)
+            write_bytes(folder / name, content)
 
     def _config(self) -> str:
         """tokenizer_config.json for AutoTokenizer; the class is transformers' own, so no code of ours is needed."""
@@ -196,7 +196,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int, *, 
     raw = without_thread_count(model.getvalue())
     tokenizer = Tokenizer(SentencePieceBackend(raw, Path(path)))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(Path(path), raw)
+    write_bytes(Path(path), raw)
     return tokenizer
 
 
@@ -249,13 +249,3 @@ def _defining_file(path: Path) -> Path:
         f"{path}: a tokenizer folder holds {SENTENCEPIECE_FILE} or {JSON_FILE}, this one holds {there}: "
         "name the tokenizer's file"
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that `path` never holds half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import NamedTuple
 
-from openelm.data.sources import CorruptFile, Source, Unit, decode_record, read_records
+from openelm.data.sources import CorruptFile, Source, Unit, decode_record, find_units, read_records
 
 # Records that are read, and shuffled, together. Each team holds a block, so many teams have smaller ones.
 BLOCK_RECORDS = 1024
@@ -205,3 +205,14 @@ class Walk:
                 order = shuffled(len(own), *self.key, "records", self.shard, place.epoch, unit, place.block)
                 self._own = (key, Block([own[i] for i in order], last))
         return self._own[1]
+
+
+def documents_once(source: Source, key: tuple[object, ...]) -> Iterator[str]:
+    """Every document of a source that can be read, once, in a shuffled order."""
+    walk = Walk(Blocks(source, find_units(source), lambda path: None), shard=0, shards=1, key=key)
+    try:
+        while not (found := walk.next()).after.epoch:
+            if found.text is not None:
+                yield found.text
+    except NothingLeft:
+        return

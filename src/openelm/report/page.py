@@ -10,6 +10,7 @@ from textwrap import shorten
 
 import numpy
 
+from openelm.files import write_bytes
 from openelm.report import plots
 from openelm.report.plots import Curve, duration, short_number
 from openelm.report.run_files import (
@@ -52,7 +53,8 @@ def write_report(run: Path) -> Path:
         folded=_folded(files),
     )
     # A sample may hold a lone surrogate, which UTF-8 cannot carry.
-    return plots.write(folder / "index.html", page.encode("utf-8", "replace"))
+    write_bytes(folder / "index.html", page.encode("utf-8", "replace"))
+    return folder / "index.html"
 
 
 # Writing

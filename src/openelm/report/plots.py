@@ -4,13 +4,13 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openelm.errors import UserError
+from openelm.files import write_bytes
 
 DOTS_PER_INCH = 160
 WIDE, SMALL = (5.4, 3.1), (3.6, 2.2)  # inches, width and height
@@ -195,24 +195,13 @@ def mean(values: Sequence[float]) -> float:
 def embed(folder: Path, name: str, draw: Callable[[Theme], bytes], alt: str, caption: str = "") -> str:
     """Draw for both pages, keep the light one as folder/name.png, and return both within a <figure>."""
     light, dark = draw(LIGHT), draw(DARK)
-    write(folder / f"{name}.png", light)
+    write_bytes(folder / f"{name}.png", light)
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
         f'<img src="{_data_uri(light)}" alt="{html.escape(alt)}"></picture>'
         # No line break before an option's dash, as in "xz -9".
         f"<figcaption>{html.escape(caption or alt).replace(' -', '&nbsp;-')}</figcaption></figure>"
     )
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write beside and rename, so that no half of a file is ever found under its name."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def _data_uri(png: bytes) -> str:

@@ -20,7 +20,7 @@ from openelm.data.pieces import Preparation
 from openelm.data.sources import Source, find_units
 from openelm.data.stream import TokenStream, is_held_out
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
-from openelm.data.walk import Blocks, NothingLeft, Walk
+from openelm.data.walk import documents_once
 from openelm.errors import UserError
 from openelm.model.folder import load_config, load_model
 from openelm.model.geometry import ModelConfig
@@ -99,17 +99,12 @@ def training_texts(config: RunConfig, max_bytes: int) -> Iterator[str]:
     total_share = sum(source.share for source in sources(config))
     for index, source in enumerate(sources(config)):
         left = max_bytes * source.share / total_share
-        walk = Walk(Blocks(source, find_units(source), lambda path: None), shard=0, shards=1, key=(config.seed, index))
-        while left > 0:
-            try:
-                found = walk.next()
-            except NothingLeft:
+        for text in documents_once(source, (config.seed, index)):
+            if left <= 0:
                 break
-            if found.after.epoch:
-                break
-            if found.text and not is_held_out(found.text, config.data.held_out):
-                yield found.text
-                left -= utf8_bytes(found.text)
+            if not is_held_out(text, config.data.held_out):
+                yield text
+                left -= utf8_bytes(text)
 
 
 def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
