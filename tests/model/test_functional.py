@@ -63,3 +63,19 @@ def test_only_inputs_are_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         swiglu(both)
     assert [t.data_ptr() for t in kept] == [both.data_ptr()]
+
+
+def test_a_compiler_sees_one_graph_up_to_the_loss() -> None:
+    from openelm.model.geometry import ModelConfig
+    from openelm.model.transformer import OpenELM
+
+    model = OpenELM(
+        ModelConfig(
+            model_dim=64, num_transformer_layers=3, head_dim=32, num_gqa_groups=1, ffn_dim_divisor=32, vocab_size=64
+        )
+    )
+    tokens = torch.arange(17)[None] % 64
+    seen = torch._dynamo.explain(lambda a, b: model(a, b, z_loss_weight=1e-4))(tokens[:, :-1], tokens[:, 1:])
+    # A backward pass that writes with out= once broke every layer into graphs of its own.
+    assert seen.graph_count == 1
+    assert [("compiler.disable" in reason.reason) for reason in seen.break_reasons] == [True]
