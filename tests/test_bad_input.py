@@ -179,7 +179,7 @@ def test_a_run_folder_that_exists_is_refused(refuse, tmp_path):
 def test_what_is_no_run_folder_is_not_overwritten(refuse, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    assert "is not a run folder" in refuse("--overwrite")
+    assert "is no run folder" in refuse("--overwrite")
 
 
 def test_overwriting_starts_anew(recipe, write_recipe, tmp_path, capsys):

@@ -15,6 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 from openelm.errors import UserError
 from openelm.model.geometry import ModelConfig
 
+# What a named size decides.
+OF_A_SIZE = {
+    "model_dim",
+    "num_transformer_layers",
+    "head_dim",
+    "num_gqa_groups",
+    "qkv_multipliers",
+    "ffn_multipliers",
+    "ffn_dim_divisor",
+}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -65,7 +75,7 @@ class TokenizerSection(Section):
     """A tokenizer that exists, or the size of one to be trained on the recipe's own text."""
 
     path: str | None = None
-    vocab_size: Int = Field(default=4096, ge=300)
+    vocab_size: Int = Field(default=4096, ge=260)
     train_bytes: Int = Field(default=8_000_000, ge=1000)
 
 
@@ -167,8 +177,8 @@ class TrainSection(Section):
 class RunConfig(Section):
     """Everything that decides what a run computes."""
 
-    name: str
-    seed: Int = 0
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # a folder is called so
+    seed: Int = Field(default=0, ge=0, lt=2**40)
     model: ModelSection
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
@@ -191,6 +201,10 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     Raises UserError with all problems and, for unknown keys, the nearest valid one.
     """
     data = _read(recipe)
+    data.pop("geometry", None)  # a run's config.yaml is a recipe too; this part follows from the others
+    if any(override.startswith("model.size=") for override in overrides) and isinstance(data.get("model"), dict):
+        # A named size replaces the recipe's own, of which nothing of the name would be left otherwise.
+        data["model"] = {key: value for key, value in data["model"].items() if key not in OF_A_SIZE}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

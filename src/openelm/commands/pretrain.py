@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(config, folder, as_json=args.json)
     from openelm.train.pretrain import pretrain
 
-    summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
+    try:
+        summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print(f"\n{folder} goes on from its newest checkpoint with the same command and --resume", file=sys.stderr)
+        raise
     try:
         from openelm.report.page import write_report
 

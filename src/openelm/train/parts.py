@@ -80,7 +80,13 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     folder = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     model = folder / "tokenizer.model"
     if not model.is_file():
-        train_tokenizer(training_texts(config, config.tokenizer.train_bytes), model, config.tokenizer.vocab_size)
+        texts = list(training_texts(config, config.tokenizer.train_bytes))
+        if not texts:
+            raise UserError(
+                "no document is left to train a tokenizer on: all are empty, or held out "
+                f"(data.held_out={config.data.held_out:g}): give more documents, or lower data.held_out"
+            )
+        train_tokenizer(texts, model, config.tokenizer.vocab_size)
     return Tokenizer.load(model)
 
 

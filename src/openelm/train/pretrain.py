@@ -68,10 +68,12 @@ def prepare(config: RunConfig, run: Path | None = None) -> Parts:
 def pretrain(config: RunConfig, run: Path, *, resume: bool, resume_step: int | None, overwrite: bool) -> dict[str, Any]:
     """Train, average, compare, and write the model folder; returns the summary that summary.json holds."""
     remove_drafts(run.parent, glob.escape(run.name))  # of a start that was killed
+    if run.exists() and not (run.is_dir() and ((run / "config.yaml").is_file() or not any(run.iterdir()))):
+        raise UserError(
+            f"{run} is there and is no run folder (it has no config.yaml): choose another with --run FOLDER"
+        )
     if run.exists() and not (resume or overwrite):
         raise UserError(f"{run} exists: go on with --resume, start anew with --overwrite, or choose --run FOLDER")
-    if run.exists() and overwrite and any(run.iterdir()) and not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run folder (it has no config.yaml), so it is not overwritten: choose another")
     if resume and not run.exists():
         raise UserError(f"{run} does not exist, so there is nothing to resume: leave out --resume")
     resolved = _as_plain(config)
@@ -298,6 +300,11 @@ def _check_same(run: Path, resolved: dict[str, Any]) -> None:
 
 def _say_what_begins(ready: Parts, recorder: Recorder, step: int) -> None:
     train, data = ready.config.train, ready.config.data
+    if data.held_out and not ready.held_out.rows:
+        recorder.say(
+            f"no document was held out (data.held_out={data.held_out:g}, decided document by document): nothing is "
+            "measured on unseen text; give more documents, or a larger share"
+        )
     recorder.say(
         f"{ready.config.name}: {ready.geometry.num_parameters():,} parameters in "
         f"{ready.geometry.num_transformer_layers} layers, {train.steps:,} steps of {train.global_batch} rows of "
