@@ -103,6 +103,7 @@ class DataSection(Section):
     split_words: Int = Field(default=2048, ge=1)
     repair_text: bool = True
     shards: Int = Field(default=64, ge=1)
+    workers: Int = Field(default=0, ge=0)
     held_out: float = Field(default=0.005, ge=0, lt=1)
     validation_tokens: Int = Field(default=100_000, ge=0)
 
@@ -135,9 +136,16 @@ class TrainSection(Section):
     z_loss: float = Field(default=1e-4, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    sharding: Literal["none", "node", "full"] = "none"
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    on_spike: Literal["report", "skip"] = "report"
+    spike_deviations: float = Field(default=6.0, gt=0)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    timeout_s: float = Field(default=600.0, gt=0)
     init_from: str | None = None
     checkpoint_every: Int = Field(default=1000, ge=1)
+    async_checkpoints: bool = False
     keep_last: Int = Field(default=5, ge=1)
     milestone_every: Int = Field(default=0, ge=0)
     average_last: Int = Field(default=5, ge=0)

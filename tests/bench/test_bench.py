@@ -38,7 +38,7 @@ def test_training_bench_counts_every_token_of_every_micro_batch() -> None:
         warmup=1,
         dtype="float32",
         compile=False,
-        activation_checkpointing=False,
+        activation_checkpointing="none",
     )
     result = bench_training(config, bench)
     assert result["tokens_per_step"] == 16 * 2 * 3

@@ -133,17 +133,19 @@ def test_the_loss_is_that_of_the_logits(model):
         assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_activation_checkpointing_gives_the_same_gradients(model):
+@pytest.mark.parametrize(("which", "attentions", "ffns"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)])
+def test_activation_checkpointing_gives_the_same_gradients(model, which, attentions, ffns):
     tokens, targets = random_tokens(2, 12), random_tokens(2, 12, seed=4)
     model.train()
     model(tokens, targets).backward()
     plain = gradients(model)
     model.zero_grad()
-    model.activation_checkpointing = True
+    model.checkpoint_activations(which)
     calls = []
-    model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for part in ("attn", "ffn"):
+        getattr(model.layers[1], part).register_forward_pre_hook(lambda *_, part=part: calls.append(part))
     model(tokens, targets).backward()
-    assert len(calls) == 2, "the block is computed again in the backward pass"
+    assert (calls.count("attn"), calls.count("ffn")) == (attentions, ffns), "computed again in the backward pass"
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, plain[name]), name
 

@@ -14,7 +14,7 @@ from torch import nn
 from openelm.data.loader import Step
 from openelm.data.packing import Batch
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
+from openelm.model.transformer import Checkpointing, OpenELM, init_weights
 from openelm.train import loop
 from openelm.train.metrics import gemm_flops_per_s, peak_memory_bytes
 from openelm.train.optim import Optimizer
@@ -33,7 +33,7 @@ class TrainingBench:
     warmup: int
     dtype: str
     compile: bool
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
 
 
 def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
     dtype = compute_dtype(bench.dtype, device)
     model = OpenELM(config)
     init_weights(model, seed=0)
-    model.activation_checkpointing = bench.activation_checkpointing
+    model.checkpoint_activations(bench.activation_checkpointing)
     model = model.train().to(device, dtype)
     optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     runner: nn.Module = torch.compile(model) if bench.compile else model  # type: ignore[assignment]

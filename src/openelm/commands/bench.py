@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before (default: 1)")
     train.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     train.add_argument("--compile", action="store_true", help="through torch.compile")
-    train.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more work")
+    train.add_argument(
+        "--activation-checkpointing",
+        default="none",
+        choices=("none", "selective", "full"),
+        help="what the backward pass computes again to save memory: nothing, the FFNs, everything",
+    )
     data = kinds.add_parser("data", help="source to packed row, against bare SentencePiece")
     data.add_argument("source", nargs="?", default="python", metavar="SOURCE", help="files, or python (default)")
     data.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer.model, tokenizer.json or a folder")

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model_dim, H query heads, G key/value heads, K head
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from openelm.model.cache import Cache
 from openelm.model.functional import rms_norm, rotate, swiglu
 from openelm.model.geometry import ModelConfig
 from openelm.model.loss import fused_cross_entropy
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class RMSNorm(nn.Module):
@@ -83,6 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.checkpointing: Checkpointing = "none"
         self.attn_norm = RMSNorm(config.model_dim)
         self.attn = Attention(
             config.model_dim,
@@ -95,8 +98,20 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.model_dim, config.ffn_dims[layer])
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+        if self.checkpointing == "full" and self.training:
+            return checkpoint(self._both_halves, x_BTD, rope, mask, cache, use_reentrant=False)
+        return self._both_halves(x_BTD, rope, mask, cache)
+
+    def _both_halves(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rope, self.layer, mask, cache)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        if self.checkpointing == "selective" and self.training:
+            return x_BTD + checkpoint(self._feed_forward, x_BTD, use_reentrant=False)
+        return x_BTD + self._feed_forward(x_BTD)
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        return self.ffn(self.ffn_norm(x_BTD))
 
 
 class OpenELM(nn.Module):
@@ -110,7 +125,11 @@ class OpenELM(nn.Module):
         self.norm = RMSNorm(config.model_dim)
         if not config.share_input_output_layers:
             self.classifier = nn.Linear(config.model_dim, config.vocab_size, bias=False)
-        self.activation_checkpointing = False
+
+    def checkpoint_activations(self, which: Checkpointing) -> None:
+        """What the backward pass computes again instead of keeping: nothing, the FFNs (which are most), or all."""
+        for block in self.layers:
+            block.checkpointing = which  # type: ignore[assignment]
 
     @property
     def output_weight(self) -> Tensor:
@@ -149,10 +168,7 @@ class OpenELM(nn.Module):
             cos, sin = cos[:, None], sin[:, None]
         x_BTD = self.token_embeddings(tokens_BT)
         for block in self.layers:
-            if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, (cos, sin), mask, cache, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, (cos, sin), mask, cache)
+            x_BTD = block(x_BTD, (cos, sin), mask, cache)
         return self.norm(x_BTD)
 
     @overload

@@ -144,7 +144,7 @@ def build_model(config: RunConfig, geometry: ModelConfig, device: torch.device) 
     else:
         model = OpenELM(geometry)
         init_weights(model, config.seed)
-    model.activation_checkpointing = config.train.activation_checkpointing
+    model.checkpoint_activations(config.train.activation_checkpointing)
     return model.train().to(device)
 
 

@@ -57,7 +57,7 @@ def memory_bytes(config: RunConfig, model: ModelConfig, *, compute_bytes: int) -
     states = 16 * model.num_parameters() + (compute_bytes * model.num_parameters() if compute_bytes < 4 else 0)
     per_token = 0
     for query, kv, ffn in zip(model.num_query_heads, model.num_kv_heads, model.ffn_dims, strict=True):
-        if config.train.activation_checkpointing:
+        if config.train.activation_checkpointing == "full":
             per_token += model.model_dim
             continue
         # What the backward pass keeps: both norms' inputs and outputs; the projection; rotated queries and keys;
