@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,69 @@ def write_recipe(tmp_path) -> Callable[[dict[str, Any]], str]:
     return write
 
 
-@pytest.fixture(scope="session")
-def spawn() -> Callable[[list[str]], Any]:
-    """Start ``openelm ARGUMENTS`` in a process of its own that can be killed; returns the started process."""
+def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None:
+    """``openelm ARGUMENTS`` in a process of its own."""
     from openelm.cli import main
 
+    os.environ.update(env)
+    if log:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    main(arguments)
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Callable[..., Any]:
+    """Start ``openelm ARGUMENTS`` in a process of its own that can be killed; returns the started process."""
     # A server that has torch imported forks each process in milliseconds, and has no thread that a fork could break.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["openelm.train.pretrain", "openelm.commands.pretrain"])
 
-    def start(arguments: list[str]) -> Any:
-        process = context.Process(target=main, args=(arguments,))
+    def start(arguments: list[str], env: dict[str, str] | None = None, log: Path | None = None) -> Any:
+        process = context.Process(target=_command, args=(arguments, env or {}, str(log) if log else None))
         process.start()
         return process
 
     return start
+
+
+@pytest.fixture
+def start_ranks(spawn, tmp_path) -> Iterator[Callable[..., list[Any]]]:
+    """Start ``openelm ARGUMENTS`` on some ranks, as torchrun would; each writes to ``tmp_path/rank_N.log``.
+
+    ``node`` ranks count as one node.
+    """
+    started: list[Any] = []
+
+    def start(ranks: int, arguments: list[str], node: int | None = None) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"LOCAL_WORLD_SIZE": str(node or ranks), "OMP_NUM_THREADS": "1"}
+        processes = [
+            spawn(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % (node or ranks))}, log)
+            for rank in range(ranks)
+            for log in [tmp_path / f"rank_{rank}.log"]
+        ]
+        started.extend(processes)
+        return processes
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def run_ranks(start_ranks) -> Callable[..., list[int]]:
+    """Start ranks and wait for them; their exit codes."""
+
+    def run(ranks: int, arguments: list[str], node: int | None = None) -> list[int]:
+        processes = start_ranks(ranks, arguments, node)
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+
+    return run

@@ -65,6 +65,7 @@ def test_an_unknown_key_names_the_nearest_that_there_is(refuse):
         ("data.packing=both", "data.packing='both'"),
         ("data.sources=[]", "data.sources=[]"),
         ("data.sources.0.share=0", "all shares are zero"),
+        ("data.sources.0.share=-1", "data.sources.0.share=-1"),
         ("model=5", "model=5"),
         ("seed=one", "seed='one'"),
     ],
@@ -110,6 +111,8 @@ def test_a_recipe_that_is_not_there_names_those_that_are(refuse):
         ("data.sources.7.path=a", "'7' must be a number from 0 to 0"),
         ("train.steps=[1", "the value is not YAML"),
         ("name.first=a", "name"),
+        ("base=pretrain", "base stands in recipe files only"),
+        ("by_size.270M.train.lr=1", "by_size stands in recipe files only"),
     ],
 )
 def test_an_override_that_cannot_be_applied_is_explained(refuse, override, said):

@@ -23,7 +23,7 @@ FLOORS = (
     {"train"},
     {"infer", "interop"},
     {"config", "data", "report"},
-    {"model"},
+    {"model", "recipe"},
     {"environment", "files"},
     {"errors", "__init__"},
 )

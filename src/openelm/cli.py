@@ -7,12 +7,13 @@ import importlib
 import os
 import sys
 
-from openelm.errors import UserError
+from openelm.errors import Stopped, UserError
 
 COMMANDS = {
     "info": "draw a geometry, count its parameters, FLOPs and bytes",
     "tokenizer": "train a tokenizer, or look at one",
     "data": "inspect, count or hash the text of a recipe",
+    "plan": "work out memory, time and cost of a run",
     "pretrain": "train a model from a recipe",
     "average": "average the last checkpoints of a run into a model",
     "generate": "continue a text",
@@ -24,7 +25,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``openelm``; leaves with 0 done, 2 the user's error, 1 ours, 130 interrupted."""
+    """Entry point of ``openelm``; leaves with 0 done, 2 the user's error, 1 ours, 75 stopped, 130 interrupted."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -50,6 +51,12 @@ def run(argv: list[str]) -> int:
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"openelm {argv[0]}: error: {message}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        if show_traceback and stop.__cause__:
+            raise
+        if str(stop):
+            print(f"openelm {argv[0]}: {stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print(f"openelm {argv[0]}: interrupted", file=sys.stderr)
         return 130

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from openelm.errors import UserError
-from openelm.model.geometry import ModelConfig
-
-# What a named size decides.
-OF_A_SIZE = {
-    "model_dim",
-    "num_transformer_layers",
-    "head_dim",
-    "num_gqa_groups",
-    "qkv_multipliers",
-    "ffn_multipliers",
-    "ffn_dim_divisor",
-}
-RECIPES = Path(__file__).parent / "recipes"
-
+from openelm.model.geometry import SIZES, ModelConfig
+from openelm.recipe import combine, read_layers
+from openelm.recipe import recipe_names as recipe_names
 
 # A whole number, and nothing that only passes for one (true, "3").
 Int = Annotated[int, Strict()]
@@ -206,91 +192,50 @@ class RunConfig(Section):
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     """A packaged recipe by name, or a YAML file by path, with ``a.b=value`` overrides.
 
-    Raises UserError with all problems and, for unknown keys, the nearest valid one.
+    A recipe stands over its ``base``, its row of ``by_size`` for the chosen size over both, overrides over all. Raises
+    UserError with all problems and, for unknown keys, the nearest valid one.
     """
-    data = _read(recipe)
-    data.pop("geometry", None)  # a run's config.yaml is a recipe too; this part follows from the others
-    if any(override.startswith("model.size=") for override in overrides) and isinstance(data.get("model"), dict):
-        # A named size replaces the recipe's own, of which nothing of the name would be left otherwise.
-        data["model"] = {key: value for key, value in data["model"].items() if key not in OF_A_SIZE}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {override!r} must have the form section.key=value, as train.steps=500")
-        try:
-            _set(data, key.split("."), _parse(value), override)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML ({error})") from error
-    return resolve(data, origin=recipe)
+    layers = read_layers(recipe)
+    for layer in layers:
+        if problems := _problems_of_rows(layer.by_size):
+            raise UserError(f"{layer.path}: " + "; ".join(problems))
+    data, if_missing = combine(layers, overrides)
+    return resolve(data, recipe, if_missing)
 
 
-def resolve(data: dict[str, Any], origin: str) -> RunConfig:
-    """A recipe's mapping as a checked, frozen config."""
+def resolve(data: dict[str, Any], origin: str, if_missing: str = "") -> RunConfig:
+    """A recipe's mapping as a checked, frozen config; ``if_missing`` is said too where a key without default is."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         problems = [_problem(entry) for entry in error.errors()]
         problems += [found for found in _problems_between(data, error) if found not in problems]
+        if if_missing and any(entry["type"] == "missing" for entry in error.errors()):
+            problems.append(if_missing)
         raise UserError(f"{origin}: " + "; ".join(problems)) from None
 
 
-def recipe_names() -> list[str]:
-    """The packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _read(recipe: str) -> dict[str, Any]:
-    path = RECIPES / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
-    if not path.is_file():
-        near = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"recipe {recipe!r} is no file and no packaged recipe: {hint}There are {recipe_names()}")
-    try:
-        data = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping with the sections model, tokenizer, data and train")
-    return data
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as text; a person who writes it means the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    return _Loader(text).get_single_data()
-
-
-def _set(data: Any, keys: list[str], value: Any, override: str) -> None:
-    """Set a dotted key; whole numbers reach into lists (data.sources.0.share=2)."""
-    for key in keys[:-1]:
-        if isinstance(data, list):
-            data = _item(data, key, override)
-        else:
-            if not isinstance(data, dict):
-                raise UserError(f"override {override!r}: {key!r} is below something that holds no keys")
-            if not isinstance(data.get(key), dict | list):
-                data[key] = {}
-            data = data[key]
-    if isinstance(data, list):
-        _item(data, keys[-1], override)
-        data[int(keys[-1])] = value
-    elif isinstance(data, dict):
-        data[keys[-1]] = value
-    else:
-        raise UserError(f"override {override!r}: {keys[-1]!r} is below something that holds no keys")
-
-
-def _item(items: list[Any], key: str, override: str) -> Any:
-    if not key.isdecimal() or int(key) >= len(items):
-        raise UserError(f"override {override!r}: {key!r} must be a number from 0 to {len(items) - 1}")
-    return items[int(key)]
+def _problems_of_rows(rows: Any) -> list[str]:
+    """What is wrong with the rows of by_size, each by itself, whichever will be used."""
+    if not isinstance(rows, dict):
+        return [f"by_size={rows!r} must map sizes to sections, as by_size.270M.train.lr"]
+    problems = []
+    for size, row in rows.items():
+        if size not in SIZES:
+            near = difflib.get_close_matches(str(size), SIZES, n=1, cutoff=0.0)[0]
+            problems.append(f"by_size.{size} is no size ({', '.join(SIZES)}): did you mean {near}?")
+        if not isinstance(row, dict):
+            problems.append(f"by_size.{size}={row!r} must hold sections, as train")
+            continue
+        if isinstance(row.get("model"), dict) and "size" in row["model"]:
+            problems.append(f"by_size.{size}.model.size: a size's row cannot choose the size: take it out")
+        try:
+            RunConfig.model_validate(row)
+        except ValidationError as error:
+            # A row is only a part: what it lacks, and how its values suit the rest, is seen once it is merged.
+            wrong = [entry for entry in error.errors() if entry["type"] not in ("missing", "value_error")]
+            problems += [f"by_size.{size}.{_problem(entry)}" for entry in wrong]
+    return problems
 
 
 def _problems_between(data: dict[str, Any], error: ValidationError) -> list[str]:

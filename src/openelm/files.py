@@ -34,14 +34,24 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             draft.mkdir(parents=True)
             yield draft
             for file in [*draft.rglob("*"), draft]:
-                _sync(file)
-            old = _move_away(path) if path.exists() else None
-            draft.rename(path)
-            _sync(path.parent)
-            if old:
-                shutil.rmtree(old, ignore_errors=True)
+                sync(file)
+            put_in_place(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Give a draft, synced already, its name; a folder that had the name goes away only then."""
+    old = _move_away(path) if path.exists() else None
+    try:
+        draft.rename(path)
+    except OSError:
+        if old:
+            old.rename(path)
+        raise
+    sync(path.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -52,9 +62,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with disk_errors_named(path):
             yield draft
-            _sync(draft)
+            sync(draft)
             draft.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -99,7 +109,8 @@ def _move_away(path: Path) -> Path:
     return old
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)

@@ -40,7 +40,7 @@ def test_the_mean_of_the_last_checkpoints_is_written(run: Path, capsys: pytest.C
 def test_out_dtype_and_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["average", str(run), "--last", "3", "--out", str(tmp_path / "mean"), "--dtype", "bfloat16", "--json"]
     assert cli.run(words) == 0
-    expected = {"folder": str(tmp_path / "mean"), "steps": [10, 20, 60], "tokenizer": False}
+    expected = {"folder": str(tmp_path / "mean"), "steps": [10, 20, 60], "ema": False, "tokenizer": False}
     assert json.loads(capsys.readouterr().out) == expected
     assert values(tmp_path / "mean") == {30.0}
     assert json.loads((tmp_path / "mean" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -71,7 +71,7 @@ def test_overwrite_does_not_delete_what_is_no_model(run: Path, capsys: pytest.Ca
 def test_a_run_with_too_few_checkpoints_or_none_is_refused(
     run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["average", str(run)]) == 2
+    assert cli.run(["average", str(run), "--last", "5"]) == 2
     assert "has 3 checkpoints, not 5" in capsys.readouterr().err
     assert not list(run.glob("model*"))
     assert cli.run(["average", str(run), "--last", "0"]) == 2
@@ -89,3 +89,48 @@ def test_a_damaged_checkpoint_is_named_and_nothing_written(run: Path, capsys: py
     assert cli.run(["average", str(run), "--last", "2"]) == 2
     assert str(file) in capsys.readouterr().err
     assert not list(run.glob("*model*"))
+
+
+def test_without_last_those_in_a_row_are_taken(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--out", str(run / "all")]) == 0
+    assert "steps 10, 20, 60" in capsys.readouterr().out, "without a config nothing tells a milestone"
+    (run / "config.yaml").write_text("train: {checkpoint_every: 40}")
+    assert cli.run(["average", str(run), "--out", str(run / "forty"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [10, 20, 60]
+    (run / "config.yaml").write_text("train: {checkpoint_every: 10}")
+    assert cli.run(["average", str(run), "--out", str(run / "ten"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [60]
+    assert values(run / "ten") == {60.0}
+
+
+def test_only_every_so_many_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--every", "20", "--last", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [20, 60]
+    for every in ("7", "0", "-1"):
+        assert cli.run(["average", str(run), "--every", every]) == 2
+        assert f"--every {every}: no checkpoint is at a multiple of that; there are [10, 20, 60]" in (
+            capsys.readouterr().err
+        )
+
+
+def test_the_exponential_average_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=5)
+    weights = OpenELM(CONFIG).state_dict()
+    for step in (70, 80):
+        kept = {f"ema.{name}": torch.full_like(tensor, step + 1) for name, tensor in weights.items()}
+        checkpoints.save(CONFIG, Checkpoint(step, weights, kept, {}))
+    assert cli.run(["average", str(run), "--ema"]) == 0
+    assert "checkpoint of step 80" in capsys.readouterr().out
+    assert values(run / "model-ema-80") == {81.0}
+    assert cli.run(["average", str(run), "--ema", "--step", "70"]) == 0
+    assert values(run / "model-ema-70") == {71.0}
+    capsys.readouterr()
+    for words, said in (
+        (["--ema", "--step", "60"], "holds no exponential average"),
+        (["--ema", "--step", "61"], "no checkpoint of step 61"),
+        (["--ema", "--last", "2"], "leave out --last"),
+        (["--step", "70"], "--step 70 goes with --ema"),
+    ):
+        assert cli.run(["average", str(run), *words, "--out", str(run / "none")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (run / "none").exists()

@@ -180,13 +180,35 @@ def test_hash_is_that_of_the_streams_rows(recipe: Path, capsys: pytest.CaptureFi
     }
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (4, 1), (5, 3), (8, 2)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 1), (3, 2), (4, 0), (5, 3), (8, 2), (8, 5)])
 def test_hash_does_not_depend_on_ranks_and_workers(
     recipe: Path, ranks: int, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = json_of(capsys, "data", "hash", str(recipe), "--rows", "150")
     words = ["--rows", "150", "--ranks", str(ranks), "--workers", str(workers)]
     assert json_of(capsys, "data", "hash", str(recipe), *words) == alone
+
+
+def test_hash_reads_each_row_by_the_worker_that_a_run_would_have_for_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six shards on four ranks of two workers: ranks 0 and 2 share the even shards, 1 and 3 the odd ones."""
+    from openelm.commands.data import row_hashes
+    from openelm.config import load_recipe
+    from openelm.data.stream import TokenStream
+    from openelm.train import parts
+
+    config = load_recipe(str(recipe), [])
+    stream = parts.token_stream(config, parts.load_tokenizer(config))
+    read: dict[int, list[int]] = {}
+    next_of = TokenStream.next_of
+    monkeypatch.setattr(
+        TokenStream, "next_of", lambda self, shard: read.setdefault(id(self), []).append(shard) or next_of(self, shard)
+    )
+    row_hashes(stream, 12, 4, 2)
+    assert sorted(read.values()) == sorted(
+        [[0, 4, 0, 4], [2, 2], [0, 4, 0, 4], [2, 2], [1, 5, 1, 5], [3, 3], [1, 5, 1, 5], [3, 3]]
+    )
 
 
 def test_hash_depends_on_the_seed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +219,9 @@ def test_hash_depends_on_the_seed(recipe: Path, capsys: pytest.CaptureFixture[st
 def test_hash_and_count_refuse_what_cannot_be(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["data", "hash", str(recipe), "--rows", "0"]) == 2
     assert "--rows 0 must be at least 1" in capsys.readouterr().err
+    for option, least in (("--ranks", 1), ("--workers", 0)):
+        assert cli.run(["data", "hash", str(recipe), option, "-1"]) == 2
+        assert f"{option} -1 must be at least {least}" in capsys.readouterr().err
     assert cli.run(["data", "hash", str(recipe), "data.min_tokens=10000"]) == 2
     assert "is left after filtering" in capsys.readouterr().err
     assert cli.run(["data", "count", "dmeo"]) == 2

@@ -204,7 +204,7 @@ def test_missing_backend_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     def absent(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
     with pytest.raises(UserError, match=r"s3://bucket/a\.txt.*s3fs.*openelm-framework\[remote\]"):
         find_units(Source("s", "s3://bucket/a.txt"))
     monkeypatch.undo()

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import pickle
 import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from openelm.data import walk
 from openelm.data.packing import Packing
 from openelm.data.pieces import Preparation
 from openelm.data.sources import CorruptFile, Source
-from openelm.data.stream import FATES, Place, TokenStream, is_held_out
+from openelm.data.stream import FATES, Place, TokenStream, is_held_out, owned_shards
+from openelm.data.stream_state import merge_counts, merge_states
 from openelm.errors import UserError
 
 BOS, EOS = 1, 2
@@ -77,7 +80,7 @@ def rows(stream: TokenStream, count: int) -> list[list[int]]:
 
 def state(stream: TokenStream) -> str:
     """The state as a checkpoint holds it."""
-    return json.dumps(stream.as_json(stream.snapshot()))
+    return json.dumps(stream.state())
 
 
 def kept_first_ids(stream: TokenStream, epoch: int) -> Counter[int]:
@@ -119,8 +122,7 @@ def test_a_shard_gives_its_rows_whatever_the_other_shards_do(tmp_path: Path) -> 
         for shard in range(4):
             alone = stream(source)
             for step in range(100):
-                alone.position = step * 4 + shard
-                assert alone.next_row().tolist() == together[step * 4 + shard]
+                assert alone.next_of(shard).tolist() == together[step * 4 + shard]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -192,9 +194,10 @@ def test_resume_anywhere_and_twice_gives_the_same_rows(
 def test_a_snapshot_is_not_changed_by_what_comes_after(tmp_path: Path) -> None:
     reference = stream(one_file(tmp_path, documents(50, longest=200)))
     rows(reference, 33)
-    snapshot, saved = reference.snapshot(), state(reference)
+    snapshot, saved, counts = reference.snapshot(), state(reference), reference.counts()
     rows(reference, 200)
-    assert json.dumps(reference.as_json(snapshot)) == saved
+    assert json.dumps(merge_states([snapshot.part()])) == saved
+    assert merge_counts([snapshot.counts_part()]) == counts
 
 
 def test_a_stream_of_other_shards_or_sources_is_not_continued(tmp_path: Path) -> None:
@@ -204,6 +207,61 @@ def test_a_stream_of_other_shards_or_sources_is_not_continued(tmp_path: Path) ->
         stream(source, shards=5).restore(saved)
     with pytest.raises(UserError, match="must be the same"):
         stream(replace(source, name="other")).restore(saved)
+
+
+def test_a_copy_goes_on_for_itself_from_the_middle_of_a_document(tmp_path: Path) -> None:
+    """What worker processes and simulated ranks get: nothing that one reads moves the other."""
+    preparation = Preparation(min_characters=0, min_tokens=3, split_words=8, repair_text=False)
+    reference = stream(one_file(tmp_path, documents(50, longest=200), "all.jsonl.gz"), preparation=preparation)
+    rows(reference, 33)
+    assert any(shard["opened"][0] and shard["opened"][0]["piece"] for shard in reference.state()["states"])
+    copied, sent = copy(reference), pickle.loads(pickle.dumps(reference))
+    saved = state(reference)
+    expected = rows(copied, 200)
+    assert state(reference) == state(sent) == saved
+    assert rows(sent, 200) == rows(reference, 200) == expected
+    assert state(sent) == state(copied) == state(reference)
+
+
+def test_units_that_are_known_are_not_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = one_file(tmp_path, documents(50))
+    first = stream(source)
+    monkeypatch.setattr("openelm.data.stream.find_units", lambda source: pytest.fail("listed again"))
+    again = stream(source, units=first.units)
+    assert rows(again, 50) == rows(copy(first), 50) == rows(pickle.loads(pickle.dumps(first)), 50)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 5, 6, 8, 64])
+def test_each_row_is_read_by_one_worker_of_its_rank_and_by_the_lowest_rank_that_answers(shards: int) -> None:
+    for ranks in (1, 2, 3, 4, 7, 8, 12, 65):
+        for workers in (1, 2, 5, 70):
+            owners = {
+                (rank, worker): set(owned_shards(shards, rank=rank, ranks=ranks, worker=worker, workers=workers))
+                for rank in range(ranks)
+                for worker in range(workers)
+            }
+            for k in range(shards * ranks):
+                assert sum(k % shards in owners[k % ranks, worker] for worker in range(workers)) == 1
+            for rank in range(ranks):
+                of_rank = owned_shards(shards, rank=rank, ranks=ranks)
+                assert set(of_rank) == {k % shards for k in range(rank, shards * ranks, ranks)}
+                assert sum(len(owners[rank, worker]) for worker in range(workers)) == len(of_rank)
+
+
+def test_parts_that_are_not_one_whole_state_are_not_merged(tmp_path: Path) -> None:
+    reading = stream(one_file(tmp_path, documents(20)))
+    even, odd = reading.snapshot([0, 2]).part(), reading.snapshot([1, 3]).part()
+    rows(reading, 1)
+    assert merge_states([odd, even])["states"][1] == odd["states"]["1"]
+    for parts, problem in (
+        ([even], r"no rank answers for shards \[1, 3\]"),
+        ([even, odd, odd], "two ranks"),
+        ([even, reading.snapshot([1, 3]).part()], "one position"),
+    ):
+        with pytest.raises(AssertionError, match=problem):
+            merge_states(parts)
+    with pytest.raises(AssertionError, match="whole"):
+        reading.restore(even)
 
 
 # What is served

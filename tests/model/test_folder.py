@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import openelm
 from openelm.errors import UserError
 from openelm.model import folder as folder_module
-from openelm.model.folder import load_model, save_model
+from openelm.model.folder import Slice, load_model, save_model, save_slices, to_folder_name
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 
@@ -264,3 +264,47 @@ def test_loaded_models_are_ready_to_use(saved):
     model = load_model(saved)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def cut(folder: Path, model: OpenELM, row: int) -> list[Path]:
+    """The model in two files, cut at a row of each tensor."""
+    save_model(model, folder)
+    (folder / "model.safetensors").unlink()
+    files = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for file, rows in zip(files, (slice(0, row), slice(row, None)), strict=True):
+        tensors = {to_folder_name(name): tensor for name, tensor in model.state_dict().items()}
+        first = rows.start
+        save_slices(file, {name: Slice(t[rows], min(first, len(t)), tuple(t.shape)) for name, t in tensors.items()})
+    return files
+
+
+@pytest.mark.parametrize("row", [0, 1, 17, 40, 1000])
+def test_tensors_cut_by_rows_come_back_whole(tmp_path, row):
+    cut(tmp_path / "model", make(), row)
+    assert same_bits(load_model(tmp_path / "model"), make())
+    rounded = make().to(torch.bfloat16)
+    assert same_bits(load_model(tmp_path / "model", dtype=torch.bfloat16), rounded)
+
+
+@pytest.mark.parametrize(
+    "places",
+    ["", "[]", "1", '{"transformer.norm.weight": 5}', '{"transformer.norm.weight": [0]}']
+    + ['{"transformer.norm.weight": [0, 32]}', '{"transformer.norm.weight": [0, [32, 1]]}']
+    + ['{"transformer.norm.weight": ["a", [32]]}', '{"transformer.norm.weight": [0, [48]]}'],
+)
+def test_places_that_make_no_sense_are_named(tmp_path, places):
+    files = cut(tmp_path / "model", make(), 16)
+    save_file(load_file(files[0]), files[0], metadata={folder_module.PLACES: places})
+    with pytest.raises(UserError, match=r"model-0000[12]-of-00002\.safetensors"):
+        load_model(tmp_path / "model")
+
+
+def test_parts_of_another_number_of_parts_are_refused(tmp_path):
+    files = cut(tmp_path / "model", make(), 16)
+    shutil.copy(files[0], tmp_path / "model" / "model-00001-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"is not one of|lacks model-0000\d-of-0000\d"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "model-00001-of-00003.safetensors").unlink()
+    shutil.copy(files[0], tmp_path / "model" / "model-0000x-of-0000x.safetensors")
+    with pytest.raises(UserError, match=r"is not one of"):
+        load_model(tmp_path / "model")

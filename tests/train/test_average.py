@@ -6,7 +6,7 @@ import torch
 from openelm.errors import UserError
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
-from openelm.train.average import average_checkpoints
+from openelm.train.average import Average, average_checkpoints, exponential_average, newest_in_a_row
 from openelm.train.checkpoint import Checkpoint, Checkpoints
 
 CONFIG = ModelConfig(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, vocab_size=20)
@@ -66,6 +66,46 @@ def test_a_damaged_one_is_named_and_an_older_damaged_one_is_not_looked_at(checkp
 
 
 def test_another_geometry_among_them_is_refused(checkpoints):
-    save(checkpoints, 50, CONFIG.changed(ffn_multipliers=2.0))
-    with pytest.raises(UserError, match="another geometry"):
+    save(checkpoints, 50, CONFIG.changed(num_transformer_layers=3))
+    with pytest.raises(
+        UserError, match=r"step_00000040 is of another geometry: num_transformer_layers is 2 there and 3"
+    ):
         average_checkpoints(checkpoints, 2)
+
+
+def test_rows_of_the_mean_are_those_of_the_whole(checkpoints):
+    average = Average(checkpoints, [10, 30])
+    assert average.steps == [10, 30]
+    name = "token_embeddings.weight"
+    each = torch.stack([weights_of(step)[name].double() for step in (10, 30)])
+    assert torch.equal(average.read(name), each.mean(0).float())
+    assert torch.equal(average.read(name, 7, 4), each.mean(0).float()[7:11])
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "chosen"),
+    [
+        ([100, 200, 300], 100, [100, 200, 300]),
+        ([20, 40, 45], 5, [40, 45]),  # 20 is a milestone
+        ([600, 900, 1000], 300, [600, 900, 1000]),  # a run ends where it ends
+        (list(range(10, 90, 10)), 10, [40, 50, 60, 70, 80]),
+        ([20, 40, 45], None, [20, 40, 45]),
+        ([7], 5, [7]),
+    ],
+)
+def test_an_old_milestone_is_not_among_those_in_a_row(steps, spacing, chosen):
+    assert newest_in_a_row(steps, 5, spacing) == chosen
+
+
+def test_the_exponential_average_of_a_checkpoint_is_found_or_missed_by_name(checkpoints):
+    kept = {f"ema.{name}": tensor for name, tensor in weights_of(7).items()}
+    checkpoints.save(CONFIG, Checkpoint(50, weights_of(50), kept, {}))
+    config, weights = exponential_average(checkpoints, 50)
+    assert config.num_parameters() == CONFIG.num_parameters()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(7).items())
+    with pytest.raises(UserError, match=r"step_00000040 holds no exponential average.*train\.ema_decay"):
+        exponential_average(checkpoints, 40)
+    kept.pop("ema.norm.weight")
+    checkpoints.save(CONFIG, Checkpoint(60, weights_of(60), kept, {}))
+    with pytest.raises(UserError, match=r"ema\.norm\.weight has shape None, but config\.json gives \(32,\)"):
+        exponential_average(checkpoints, 60)

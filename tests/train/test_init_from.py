@@ -10,8 +10,9 @@ import torch
 
 from openelm import cli
 from openelm.config import load_recipe
+from openelm.data.tokenizer import Tokenizer
 from openelm.model.folder import load_model
-from openelm.train.pretrain import prepare
+from openelm.train import parts
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def test_the_first_step_has_the_loss_of_the_model_it_begins_from(
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
 
     model = load_model(trained)
-    ready = prepare(load_recipe(file, []))
-    batch = ready.stream.next_batch(recipe["train"]["global_batch"])
+    stream = parts.token_stream(load_recipe(file, []), Tokenizer.load(trained))
+    batch = stream.next_batch(recipe["train"]["global_batch"])
     with torch.no_grad():
         loss = float(model(*batch.tensors("cpu"))) / batch.valid_tokens()
     # One micro-batch against two: fp32 sums in another order.

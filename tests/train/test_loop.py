@@ -15,7 +15,9 @@ from openelm.errors import UserError
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 from openelm.train import loop
+from openelm.train.guard import Event, Guard
 from openelm.train.optim import Optimizer
+from openelm.train.parallel import World
 from openelm.train.pretrain import pretrain
 from openelm.train.schedule import Schedule
 
@@ -25,11 +27,13 @@ CONFIG = ModelConfig(
 
 
 class Notes:
-    """A recorder that only remembers."""
+    """A recorder and keeper that only remembers."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self.saved: list[tuple[int, int, int]] = []
 
     def train(self, entry: dict[str, Any], timing: dict[str, Any]) -> None:
         self.entries.append(entry)
@@ -37,6 +41,18 @@ class Notes:
 
     def write(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def save(self, step: int, tokens: int, data: Step) -> None:
+        self.saved.append((step, tokens, data.first_row))
+
+    def written(self) -> bool:
+        return True
+
+    def all_written(self) -> None:
+        pass
 
 
 def rows(step: int, number: int = 8, length: int = 16) -> Batch:
@@ -52,26 +68,32 @@ def cut(batch: Batch, size: int) -> list[Batch]:
     return [Batch(batch.tokens[i : i + size], batch.targets[i : i + size]) for i in range(0, len(batch.tokens), size)]
 
 
-def train(steps: list[list[Batch]], *, dtype=torch.float32, settings=None, **options) -> tuple[OpenELM, Notes]:
+def make(dtype=torch.float32) -> tuple[OpenELM, Optimizer]:
     model = OpenELM(CONFIG)
     init_weights(model, seed=0)
-    model = model.to(dtype)
-    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    return model, Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, dtype=dtype)
+
+
+def train(steps, *, dtype=torch.float32, settings=None, stop=True, made=None, loss=None, **options):
+    """Train on lists of batches; the model, and what was noted."""
+    model, optimizer = made or make(dtype)
     notes = Notes()
+    usual = sum(batch.targets.size for batch in steps[0])
+    values = {"steps": len(steps), "clip_norm": 1.0, "log_every": 1, "checkpoint_every": 100, **(settings or {})}
     loop.run(
         model,
         optimizer,
-        Schedule("constant", len(steps), 1e-2, 1e-2, 0),
-        [Step(batches, snapshot, {}) for batches, snapshot in zip(steps, count(1), strict=False)],
-        loop.pretraining_loss(1e-4),
-        loop.LoopSettings(len(steps), 1.0, **{"log_every": 1, "checkpoint_every": 100, **(settings or {})}, **FLOPS),
+        Schedule("constant", values["steps"], 1e-2, 1e-2, 0),
+        [Step(batches, first_row=8 * number) for number, batches in enumerate(steps)],
+        loss or loop.pretraining_loss(1e-4),
+        loop.LoopSettings(**values, usual_weight=usual, flops_per_token=1, peak_flops_per_s=1.0),
         notes,
-        **{"save": lambda *_: None, **options},
+        world=World(),
+        guard=Guard(torch.device("cpu"), stop=stop, skip_spikes=False, deviations=6.0),
+        keep=notes,
+        **options,
     )
     return model, notes
-
-
-FLOPS = {"flops_per_token": 1, "peak_flops_per_s": 1.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,64 +147,73 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(weight, other.state_dict()[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
-    def poisoned(model, batch):
-        total, metrics = loop.pretraining_loss(0.0)(model, batch)
-        return total * bad, metrics
+def poisoned(bad: float, at: int) -> loop.LossFunction:
+    """The loss, spoilt in one step."""
+    steps = count(1)
 
-    model = OpenELM(CONFIG)
-    init_weights(model, seed=0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    saved: list[int] = []
-    with pytest.raises(UserError, match=r"step 1: .*not finite.*train\.lr"):
-        loop.run(
-            model,
-            optimizer,
-            Schedule("constant", 2, 1e-2, 1e-2, 0),
-            [Step([rows(0)], None, {})],
-            poisoned,
-            loop.LoopSettings(2, 1.0, 1, 1, **FLOPS),
-            Notes(),
-            save=lambda step, *_: saved.append(step),
-        )
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert saved == []
+    def loss(model, batch):
+        total, metrics = loop.pretraining_loss(0.0)(model, batch)
+        return total * (bad if next(steps) == at else 1.0), metrics
+
+    return loss
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad, log_every):
+    batches = [[rows(step)] for step in range(8)]
+    model, optimizer = make()
+    with pytest.raises(UserError, match=r"step 3: .*not finite.*train\.lr"):
+        # The host looks only every fourth step: no step after the bad one may have reached the weights by then.
+        train(batches, made=(model, optimizer), loss=poisoned(bad, 3), settings={"log_every": log_every})
+    clean, _ = train(batches[:2], loss=poisoned(1.0, 3), settings={"steps": 2})
+    assert all(torch.equal(p, clean.state_dict()[name]) for name, p in model.state_dict().items())
+    assert not torch.equal(clean.norm.weight, OpenELM(CONFIG).norm.weight)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too():
-    model = OpenELM(CONFIG)
-    init_weights(model, seed=0)
+    model, optimizer = make()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.layers[0].ffn.proj_1.weight.register_hook(lambda gradient: gradient / 0)
-    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     with pytest.raises(UserError, match=r"gradient norm (nan|inf)"):
-        loop.run(
-            model,
-            optimizer,
-            Schedule("constant", 1, 1e-2, 1e-2, 0),
-            [Step([rows(0)], None, {})],
-            loop.pretraining_loss(0.0),
-            loop.LoopSettings(1, 1.0, 1, 1, **FLOPS),
-            Notes(),
-            save=lambda *_: None,
-        )
+        train([[rows(0)]], made=(model, optimizer))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_metrics_checkpoints_and_probes_come_at_their_steps_with_the_state_behind_them():
-    saved, probed = [], []
+def test_where_the_guard_skips_a_bad_step_is_left_out_and_its_rows_are_kept():
+    batches = [[rows(step)] for step in range(4)]
+    skipped, notes = train(batches, stop=False, loss=poisoned(float("nan"), 3), settings={"log_every": 2})
+    assert [(e.step, e.problem, e.action) for e in notes.events] == [(3, "not finite", "skipped")]
+    assert np.array_equal(notes.events[0].data.batches[0].tokens, batches[2][0].tokens)
+    without, _ = train([batches[i] for i in (0, 1, 3)], loss=poisoned(1.0, 0))
+    for name, weight in skipped.state_dict().items():
+        assert torch.equal(weight, without.state_dict()[name]), name
+
+
+def test_metrics_checkpoints_and_probes_come_at_their_steps():
+    probed = []
     _, notes = train(
         [[rows(step)] for step in range(7)],
         settings={"log_every": 3, "checkpoint_every": 2},
-        save=lambda step, tokens, snapshot: saved.append((step, tokens, snapshot)),
-        probes=[lambda step, model, account: probed.append(step) or []],
+        probes=[lambda step, model, data: probed.append((step, data.first_row)) or []],
     )
     assert [entry["step"] for entry in notes.entries] == [3, 6, 7]
     weights = np.cumsum([rows(step).valid_tokens() for step in range(7)])
-    assert saved == [(step, weights[step - 1], step) for step in (2, 4, 6, 7)]
-    assert probed == list(range(1, 8))
+    assert notes.saved == [(step, weights[step - 1], 8 * step - 8) for step in (2, 4, 6, 7)]
+    assert probed == [(step, 8 * step - 8) for step in range(1, 8)]
+
+
+def test_asked_to_stop_the_loop_ends_behind_the_step_with_a_checkpoint():
+    asked = iter([False, False, True])
+    _, notes = train([[rows(step)] for step in range(7)], asked_to_stop=lambda: next(asked))
+    assert [step for step, *_ in notes.saved] == [3]
+
+
+def test_rows_without_a_target_are_refused():
+    empty = rows(0)
+    empty.targets[:] = IGNORE
+    with pytest.raises(UserError, match="step 1: its rows hold no target"):
+        train([[empty]])
 
 
 def metrics_of(run) -> list[dict[str, Any]]:

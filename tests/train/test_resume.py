@@ -14,6 +14,7 @@ import pytest
 from openelm import cli
 from openelm.config import resolve
 from openelm.train.checkpoint import Checkpoints
+from openelm.train.keeper import Keeper
 from openelm.train.metrics import cut_back
 from openelm.train.pretrain import pretrain
 
@@ -35,15 +36,15 @@ class Stopped(BaseException):
 
 def stop_at(monkeypatch, recipe, run: Path, step: int, **resume: Any) -> None:
     """Train until the moment before the checkpoint of `step` is written."""
-    save = Checkpoints.save
+    save = Keeper.save
 
-    def stopping(self, config, checkpoint):
-        if checkpoint.step == step:
+    def stopping(self, at, tokens, data):
+        if at == step:
             raise Stopped
-        return save(self, config, checkpoint)
+        return save(self, at, tokens, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", stopping)
+        patch.setattr(Keeper, "save", stopping)
         with pytest.raises(Stopped):
             train(recipe, run, **resume)
 
@@ -60,7 +61,7 @@ def test_resuming_twice_in_a_row_in_mid_document_gives_the_same_bits(recipe, tmp
     for step in (2, 4):
         # The states to go on from are the awkward ones: inside a document, with ids left over for the next row.
         state = json.loads((run / "checkpoints" / f"step_{step:08}" / "state.json").read_text())
-        shards = state["stream"]["states"]
+        shards = state["stream"]["states"].values()
         assert any(shard["remainder"] for shard in shards)
         stop_at(monkeypatch, recipe, run, step + 4 if step == 4 else 6, resume=True)
     train(recipe, run, resume=True)
@@ -73,7 +74,7 @@ def test_a_document_of_many_pieces_is_gone_on_with_where_it_was_left(recipe, tmp
     run = tmp_path / "run"
     stop_at(monkeypatch, recipe, run, 6)
     state = json.loads((run / "checkpoints" / "step_00000004" / "state.json").read_text())
-    opened = [entry for shard in state["stream"]["states"] for entry in shard["opened"] if entry]
+    opened = [entry for shard in state["stream"]["states"].values() for entry in shard["opened"] if entry]
     assert any(entry["piece"] > 0 for entry in opened)
     train(recipe, run, resume=True)
     assert outcome(run) == outcome(tmp_path / "alone")

@@ -14,11 +14,13 @@ from torch import nn
 from openelm.data.loader import Step
 from openelm.data.packing import Batch
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import Checkpointing, OpenELM, init_weights
+from openelm.model.transformer import Checkpointing, initial_weights
 from openelm.train import loop
+from openelm.train.guard import Event, Guard
 from openelm.train.metrics import gemm_flops_per_s, peak_memory_bytes
 from openelm.train.optim import Optimizer
-from openelm.train.parts import compute_dtype, pick_device
+from openelm.train.parallel import World, build
+from openelm.train.parts import compute_dtype
 from openelm.train.schedule import Schedule
 
 
@@ -38,32 +40,39 @@ class TrainingBench:
 
 def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
     """Tokens/s, model FLOP/s and their share of a 2048-cubed product; optimizer, clipping and casts are counted."""
-    device = pick_device()
+    world = World()
+    device = world.device
     dtype = compute_dtype(bench.dtype, device)
-    model = OpenELM(config)
-    init_weights(model, seed=0)
-    model.checkpoint_activations(bench.activation_checkpointing)
-    model = model.train().to(device, dtype)
-    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    runner: nn.Module = torch.compile(model) if bench.compile else model  # type: ignore[assignment]
+    model = build(
+        config,
+        world,
+        lambda model: initial_weights(model, 0),
+        dtype=dtype,
+        checkpointing=bench.activation_checkpointing,
+        compile=bench.compile,
+    )
+    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, dtype=dtype)
     times = _Times()
     flops = config.train_flops_per_token(bench.row_length)
     gemms = [gemm_flops_per_s(dtype, device)]
     steps = bench.warmup + bench.steps
 
-    def measure_roof(step: int, model: nn.Module, account: dict[str, Any]) -> list[dict[str, Any]]:
+    def measure_roof(step: int, model: nn.Module, data: Step) -> list[dict[str, Any]]:
         gemms.append(gemm_flops_per_s(dtype, device))  # between steps, as the machine's speed drifts
         return []
 
+    tokens_per_step = bench.row_length * bench.micro_batch * bench.micro_batches
     loop.run(
-        runner,
+        model,
         optimizer,
         Schedule("constant", steps, lr=1e-4, min_lr=0.0, warmup_steps=0),
         _random_steps(config, bench),
         loop.pretraining_loss(1e-4),
-        loop.LoopSettings(steps, 1.0, 1, steps, flops, gemms[0]),
+        loop.LoopSettings(steps, tokens_per_step, 1.0, 1, steps, flops, gemms[0]),
         times,
-        save=lambda step, tokens, snapshot: None,
+        world=world,
+        guard=Guard(device, stop=True, skip_spikes=False, deviations=6.0),
+        keep=NoCheckpoints(),
         probes=[measure_roof],
     )
     counted = times.tokens_per_s[bench.warmup :]
@@ -75,7 +84,7 @@ def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "compiled": bench.compile,
-        "tokens_per_step": bench.row_length * bench.micro_batch * bench.micro_batches,
+        "tokens_per_step": tokens_per_step,
         "tokens_per_s": median,
         "tokens_per_s_all": counted,
         "model_flops_per_s": median * flops,
@@ -100,10 +109,26 @@ class _Times:
     def write(self, entry: dict[str, Any]) -> None:
         pass
 
+    def event(self, event: Event) -> None:
+        pass
+
+
+class NoCheckpoints:
+    """Stands in for the keeper of a run that nobody will resume."""
+
+    def save(self, step: int, tokens: int, data: Step) -> None:
+        pass
+
+    def written(self) -> bool:
+        return True
+
+    def all_written(self) -> None:
+        pass
+
 
 def _random_steps(config: ModelConfig, bench: TrainingBench) -> Iterator[Step]:
     random = np.random.default_rng(0)
     shape = (bench.micro_batch, bench.row_length + 1)
     while True:
         rows = [random.integers(0, config.vocab_size, shape) for _ in range(bench.micro_batches)]
-        yield Step([Batch(row[:, :-1].copy(), row[:, 1:].copy()) for row in rows], None, {}, 0.0)
+        yield Step([Batch(row[:, :-1].copy(), row[:, 1:].copy()) for row in rows])

@@ -12,15 +12,31 @@ from openelm.errors import UserError
 
 if TYPE_CHECKING:
     from openelm.data.tokenizer import Tokenizer
+    from openelm.train.checkpoint import Checkpoints
 
 HELP = "Average the weights of a run's last checkpoints into a model folder."
 EXAMPLE = "openelm average runs/demo --last 5"
+MOST = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``openelm average``."""
     parser.add_argument("run", metavar="RUN", help="run folder, with checkpoints/ in it")
-    parser.add_argument("--last", type=int, default=5, metavar="N", help="newest checkpoints to average (default: 5)")
+    parser.add_argument(
+        "--last",
+        type=int,
+        metavar="N",
+        help=f"newest checkpoints to average (default: as many as there are in a row, at most {MOST})",
+    )
+    parser.add_argument(
+        "--every", type=int, metavar="STEPS", help="only checkpoints at multiples of STEPS, such as milestones"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the exponential average that the run kept (train.ema_decay) instead"
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="STEP", help="of which checkpoint, with --ema (default: the newest)"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", help="model folder to write (default: RUN/model-averaged-STEP, the newest STEP)"
     )
@@ -38,13 +54,9 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.run)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a run folder, as pretrain wrote it")
-    checkpoints = Checkpoints(folder / "checkpoints", keep_last=args.last)
-    if not (steps := checkpoints.steps()):
-        raise UserError(
-            f"{folder} has no checkpoints (looked in {checkpoints.folder}): give the folder of a run that has "
-            "reached train.checkpoint_every steps"
-        )
-    out = Path(args.out) if args.out else folder / f"model-averaged-{steps[-1]}"
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=MOST)
+    steps = chosen_steps(args, checkpoints)
+    out = Path(args.out) if args.out else folder / f"model-{'ema' if args.ema else 'averaged'}-{steps[-1]}"
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists: choose another folder with --out, or pass --overwrite")
     if out.exists() and not (out / "config.json").is_file():
@@ -53,9 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
     from openelm.files import whole_folder
     from openelm.model.folder import DTYPES, write_model
-    from openelm.train.average import average_checkpoints
+    from openelm.train.average import Average, exponential_average
+    from openelm.train.checkpoint import model_shapes
 
-    config, weights, averaged = average_checkpoints(checkpoints, args.last)
+    if args.ema:
+        config, weights = exponential_average(checkpoints, steps[-1])
+    else:
+        average = Average(checkpoints, steps)
+        config, weights = average.config, {name: average.read(name) for name in model_shapes(average.config)}
     tokenizer = find_tokenizer(folder)
     with whole_folder(out, overwrite=args.overwrite) as draft:
         write_model(draft, config, weights, DTYPES[args.dtype])
@@ -64,10 +81,49 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         print(f"{folder} holds no tokenizer in model/ or tokenizer/: {out} is written without one", file=sys.stderr)
     if args.json:
-        print(json.dumps({"folder": str(out), "steps": averaged, "tokenizer": tokenizer is not None}))
+        print(json.dumps({"folder": str(out), "steps": steps, "ema": args.ema, "tokenizer": tokenizer is not None}))
+    elif args.ema:
+        print(f"{out}: the exponential average that the checkpoint of step {steps[-1]} holds")
     else:
-        print(f"{out}: the mean of the checkpoints of steps {', '.join(map(str, averaged))}")
+        print(f"{out}: the mean of the checkpoints of steps {', '.join(map(str, steps))}")
     return 0
+
+
+def chosen_steps(args: argparse.Namespace, checkpoints: Checkpoints) -> list[int]:
+    """The checkpoints that the arguments name, oldest first: one with --ema."""
+    from openelm.train.average import newest, newest_in_a_row
+
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(
+            f"{args.run} has no checkpoints (looked in {checkpoints.folder}): give the folder of a run that has "
+            "reached train.checkpoint_every steps"
+        )
+    if args.ema:
+        if args.last is not None or args.every is not None:
+            raise UserError("--ema takes one checkpoint's average as it is: leave out --last and --every")
+        if args.step is not None and args.step not in steps:
+            raise UserError(f"there is no checkpoint of step {args.step} in {checkpoints.folder}: there are {steps}")
+        return [steps[-1] if args.step is None else args.step]
+    if args.step is not None:
+        raise UserError(f"--step {args.step} goes with --ema: choose checkpoints with --last and --every")
+    if args.every is not None:
+        if args.every < 1 or not any(step % args.every == 0 for step in steps):
+            raise UserError(f"--every {args.every}: no checkpoint is at a multiple of that; there are {steps}")
+        steps = [step for step in steps if step % args.every == 0]
+    if args.last is not None:
+        return newest(checkpoints, steps, args.last)
+    return newest_in_a_row(steps, MOST, args.every or checkpoint_every(Path(args.run)))
+
+
+def checkpoint_every(run: Path) -> int | None:
+    """Steps between the checkpoints of a run, where its config says so."""
+    import yaml
+
+    try:
+        return int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]["checkpoint_every"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
 
 
 def find_tokenizer(run: Path) -> Tokenizer | None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from openelm.data.packing import Packing
     from openelm.data.pieces import Preparation
     from openelm.data.sources import Source, Unit
-    from openelm.data.stream import Account, TokenStream
+    from openelm.data.stream import TokenStream
+    from openelm.data.stream_state import Account
     from openelm.data.tokenizer import Tokenizer
 
 HELP = "Inspect documents, count the text of a recipe, or hash its rows."
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe(rows)
     rows.add_argument("--rows", type=int, default=10_000, metavar="N", help="rows (default: 10000)")
     rows.add_argument("--ranks", type=int, default=1, metavar="N", help="as if on N ranks (default: 1)")
-    rows.add_argument("--workers", type=int, default=1, metavar="N", help="as if with N workers a rank (default: 1)")
+    rows.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="as if with N workers a rank, 0 for a thread (default: 1)"
+    )
     rows.set_defaults(act=hash_rows)
 
 
@@ -188,7 +191,8 @@ def count_source(
     from openelm.data.filters import utf8_bytes
     from openelm.data.packing import Packing
     from openelm.data.sources import find_units
-    from openelm.data.stream import HELD_OUT, UNDECODABLE, Account, is_held_out
+    from openelm.data.stream import HELD_OUT, UNDECODABLE, is_held_out
+    from openelm.data.stream_state import Account
     from openelm.data.walk import Blocks, NothingLeft, Walk
     from openelm.train import parts
 
@@ -297,12 +301,11 @@ def hash_rows(args: argparse.Namespace) -> int:
     from openelm.config import load_recipe
     from openelm.train import parts
 
-    for option in ("rows", "ranks", "workers"):
-        _at_least(args, option, 1)
+    for option, least in (("rows", 1), ("ranks", 1), ("workers", 0)):
+        _at_least(args, option, least)
     config = load_recipe(args.recipe, args.overrides)
-    tokenizer = parts.load_tokenizer(config)
-    owners = [[parts.token_stream(config, tokenizer) for _ in range(args.workers)] for _ in range(args.ranks)]
-    result = row_hashes(owners, args.rows)
+    stream = parts.token_stream(config, parts.load_tokenizer(config))
+    result = row_hashes(stream, args.rows, args.ranks, max(1, args.workers))
     if args.json:
         print(json.dumps(result))
     else:
@@ -312,26 +315,28 @@ def hash_rows(args: argparse.Namespace) -> int:
     return 0
 
 
-def row_hashes(owners: list[list[TokenStream]], rows: int) -> dict[str, Any]:
-    """SHA-256 of the first ``rows`` rows, served by ``owners[rank][worker]``, each reading its own shards only.
+def row_hashes(stream: TokenStream, rows: int, ranks: int = 1, workers: int = 1) -> dict[str, Any]:
+    """SHA-256 of the first ``rows`` rows, each read by the worker of the rank that it would go to.
 
     Row k goes to rank k mod R. A row is hashed as its length and its ids, int32, the lowest byte first.
     """
     import hashlib
-    import math
+    from copy import copy
 
-    ranks, workers, shards = len(owners), len(owners[0]), owners[0][0].shards
-    common = math.gcd(ranks, shards)
+    from openelm.data.stream import owned_shards
+
+    readers: dict[int, list[tuple[int, TokenStream]]] = {shard: [] for shard in range(stream.shards)}
+    for rank in range(ranks):
+        for worker in range(workers):
+            reader = copy(stream)
+            for shard in owned_shards(stream.shards, rank=rank, ranks=ranks, worker=worker, workers=workers):
+                readers[shard].append((rank, reader))
     whole, thousand, per_thousand = hashlib.sha256(), hashlib.sha256(), []
     for k in range(rows):
-        shard = k % shards
         # Where R does not divide V, rows of one shard go to several ranks: each reads them all and keeps its own.
-        for rank in range(shard % common, ranks, common):
-            stream = owners[rank][shard // common % workers]
-            stream.position = k
-            row = stream.next_row()
-            if rank == k % ranks:
-                data = len(row).to_bytes(4, "little") + row.astype("<i4").tobytes()
+        read = {rank: reader.next_of(k % stream.shards) for rank, reader in readers[k % stream.shards]}
+        row = read[k % ranks]
+        data = len(row).to_bytes(4, "little") + row.astype("<i4").tobytes()
         whole.update(data)
         thousand.update(data)
         if (k + 1) % 1000 == 0 or k + 1 == rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float, metavar="M", help="train.steps: as many as fit here, by a trial of three"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on where there is a run, else begin (for job scripts)",
+    )
     parser.add_argument("--resume-step", type=int, metavar="STEP", help="go on from this checkpoint (an older one)")
     parser.add_argument("--overwrite", action="store_true", help="delete a run folder that is there, and start anew")
     parser.add_argument("--dry-run", action="store_true", help="only say what would happen: data, memory, disk, time")
@@ -40,13 +45,20 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_recipe(args.recipe, args.overrides)
     folder = Path(args.run or Path("runs") / config.name)
-    resume = args.resume or args.resume_step is not None
+    resume: bool | None = args.resume or args.resume_step is not None
     if resume and args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
+    if args.auto_resume and args.overwrite:
+        raise UserError("--auto-resume goes on with a run, --overwrite deletes it: give one of the two")
+    if args.minutes is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--minutes tries three steps on one rank: with more, set train.steps=…")
+    if not resume and (args.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+        resume = None  # as there is a run or not; torchrun starts all ranks again when one has failed
+    goes_on = (folder / "config.yaml").is_file() if resume is None else resume
     steps = None
-    if resume and not any(override.startswith("train.steps=") for override in args.overrides):
+    if goes_on and not any(override.startswith("train.steps=") for override in args.overrides):
         steps = _steps_begun(folder)  # which --minutes may have chosen
-    elif args.minutes is not None and not resume:
+    elif args.minutes is not None and not goes_on:
         steps = _steps_that_fit(config, args.minutes)
     if steps is not None:
         config = load_recipe(args.recipe, [*args.overrides, f"train.steps={steps}"])
@@ -54,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(config, folder, as_json=args.json)
     from openelm.train.pretrain import pretrain
 
-    try:
-        summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
-    except KeyboardInterrupt:
-        print(f"\n{folder} goes on from its newest checkpoint with the same command and --resume", file=sys.stderr)
-        raise
+    overwrite = args.overwrite and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=overwrite)
+    if not summary:
+        return 0  # rank 0 says the rest
     try:
         from openelm.report.page import write_report
 

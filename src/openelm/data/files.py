@@ -11,15 +11,23 @@ import io
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from openelm.data.backends import file_system_of, is_absent
+from openelm.data.remote import HTTP, RemoteFile, tried, version_of, versions
 from openelm.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PYTHON = "python:"
 # Tests are left out of the Python installation's text: they are bulky, odd, and absent on many machines.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 _BUFFER_BYTES = 1 << 20
+_REMOTE_BUFFER_BYTES = 64 << 10  # the blocks behind it are the buffer
+_LISTING_THREADS = 16
 
 
 def is_url(path: str) -> bool:
@@ -27,18 +35,30 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def open_binary(path: str) -> io.BufferedReader:
-    """Open any path for reading bytes. UserError: not there, not readable, or its backend is not installed."""
+def open_binary(path: str, start: int = 0, end: int | None = None) -> io.BufferedReader:
+    """Open any path for reading bytes. UserError: not there, not readable, or its backend is not installed.
+
+    Behind a URL, the bytes from ``start`` to ``end`` are fetched ahead of the reader.
+    """
+    if is_url(path):
+        return io.BufferedReader(RemoteFile(path, start, end), _REMOTE_BUFFER_BYTES)
     try:
-        if is_url(path):
-            file_system, inner = _file_system(path)
-            return io.BufferedReader(file_system.open(inner, "rb"), _BUFFER_BYTES)
         if path.startswith(PYTHON):
-            return io.BufferedReader(io.FileIO(_library_folder() / path[len(PYTHON) :]), _BUFFER_BYTES)
+            return io.BufferedReader(io.FileIO(library_file(path)), _BUFFER_BYTES)
         return io.BufferedReader(io.FileIO(path), _BUFFER_BYTES)
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be opened ({reason}): check the path and your access to it") from error
+
+
+def open_for_parts(path: str) -> io.BufferedReader | RemoteFile:
+    """Open any path for reading here and there; behind a URL nothing is fetched but what is read."""
+    return RemoteFile(path, random_access=True) if is_url(path) else open_binary(path)
+
+
+def library_file(path: str) -> Path:
+    """Where a "python:" path lies on this machine."""
+    return _library_folder() / path[len(PYTHON) :]
 
 
 def peek(path: str, size: int = 512) -> bytes:
@@ -72,6 +92,15 @@ def find_library() -> list[tuple[str, int]]:
     return sorted(found)
 
 
+def together(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    """``function`` of each item, several at a time, in the order of the items; the first error ends it."""
+    pool = ThreadPoolExecutor(_LISTING_THREADS, "openelm-list")
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _library_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
@@ -103,37 +132,42 @@ def _walk(root: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int]]
                 yield str(file), file.stat().st_size
 
 
-def _find_remote(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
-    file_system, inner = _file_system(url)
-    try:
-        if any(character in inner for character in "*?["):
-            entries = file_system.glob(inner, detail=True).values()
-        elif file_system.isdir(inner):
-            entries = [e for e in file_system.find(inner, detail=True).values() if wanted(e["name"])]
-        elif file_system.exists(inner):
-            entries = [file_system.info(inner)]
+def _find_remote(url: str, wanted: Callable[[str], bool]) -> list[tuple[str, int]]:
+    """(URL, size in bytes) of the files that a URL means; 0 where the server does not tell the size."""
+    file_system, inner = file_system_of(url)
+
+    def found(attempt: int) -> list[dict[str, Any]]:
+        file_system.invalidate_cache()  # else an earlier listing is given again
+        return list(_entries(url, wanted, file_system, inner))
+
+    files = []
+    for entry in tried(found, lambda: f"{url}: cannot be listed", url):
+        name = file_system.unstrip_protocol(entry["name"])
+        versions[name] = version_of(entry)
+        files.append((name, entry.get("size") or 0))
+    return files
+
+
+def _entries(url: str, wanted: Callable[[str], bool], file_system: Any, inner: str) -> Iterator[dict[str, Any]]:
+    is_http = url.startswith(HTTP)
+    # Behind "?" an HTTP address has its query.
+    if any(character in inner for character in ("*[" if is_http else "*?[")):
+        entries = list(file_system.glob(inner, detail=True).values())
+    else:
+        try:
+            # A directory of HTTP is a page of links.
+            top = {"type": "directory"} if is_http and inner.endswith("/") else file_system.info(inner)
+        except Exception as error:
+            if is_absent(error):
+                return
+            raise
+        if top["type"] == "file" and (top.get("mimetype") != "text/html" or wanted(inner)):
+            entries = [top]
         else:
-            return
-    except OSError as error:
-        raise UserError(f"{url}: cannot be listed ({error}): check the address and your access to it") from error
-    for entry in entries:
-        if entry["type"] == "file":
-            yield file_system.unstrip_protocol(entry["name"]), entry.get("size") or 0
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path inside it."""
-    import fsspec
-
-    try:
-        file_system, inner = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(
-            f"{url}: its backend is not installed ({error}): pip install 'openelm-framework[remote]'"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{url}: {error}: use a local path or s3://, gs://, hf:// or https:// "
-            "(pip install 'openelm-framework[remote]')"
-        ) from error
-    return file_system, inner
+            entries = [e for e in file_system.find(inner, detail=True).values() if wanted(e["name"])]
+            root = inner.rstrip("/")
+            entries = [e for e in entries if "/." not in e["name"].removeprefix(root)]
+    entries = [e for e in entries if e["type"] == "file" and not e["name"].endswith("/")]
+    if is_http:
+        entries = together(lambda e: e if e.get("size") else file_system.info(e["name"]), entries)
+    yield from entries

@@ -13,7 +13,7 @@ import numpy as np
 from openelm.data.filters import utf8_bytes
 from openelm.data.packing import Batch, Ids, Packing
 from openelm.data.pieces import Preparation, Tokenizer
-from openelm.data.sources import Source
+from openelm.data.sources import Source, Unit
 from openelm.data.stream import is_held_out
 from openelm.data.walk import documents_once
 
@@ -47,15 +47,20 @@ def held_out_set(
     fraction: float,
     max_tokens: int,
     seed: int,
+    units: Sequence[list[Unit]] | None = None,
 ) -> HeldOut:
-    """About ``max_tokens`` of held-out text, shared among the sources as they are mixed; fewer where there is less."""
+    """About ``max_tokens`` of held-out text, shared among the sources as they are mixed; fewer where there is less.
+
+    ``units`` are those of each source, where they have been found already.
+    """
     packing = Packing(row_length)
     texts: list[str] = []
     ids: list[int] = []
     total_share = sum(source.share for source in sources)
     for index, source in enumerate(sources):
         budget = max_tokens * source.share / total_share
-        for text in held_out_documents(source, fraction, key=(seed, index)):
+        found = units[index] if units else None
+        for text in held_out_documents(source, fraction, key=(seed, index), units=found):
             if budget <= 0:
                 break
             for piece in preparation.pieces(text, tokenizer):
@@ -71,9 +76,11 @@ def held_out_set(
     return HeldOut(texts, rows, tokenizer.bos_id, packing)
 
 
-def held_out_documents(source: Source, fraction: float, key: tuple[object, ...]) -> Iterator[str]:
+def held_out_documents(
+    source: Source, fraction: float, key: tuple[object, ...], units: list[Unit] | None = None
+) -> Iterator[str]:
     """The held-out documents of one source, once each, in the order of the stream's first epoch."""
-    return (text for text in documents_once(source, key) if is_held_out(text, fraction))
+    return (text for text in documents_once(source, key, units) if is_held_out(text, fraction))
 
 
 def order_0_bits_per_byte(texts: Sequence[str]) -> float:

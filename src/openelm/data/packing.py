@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Ids = NDArray[np.int32]
 IGNORE = -100
@@ -28,9 +31,16 @@ class Batch:
     segments: NDArray[np.int64] | None = None
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The arrays as tensors on ``device``."""
-        tokens, targets = (torch.from_numpy(array).to(device) for array in (self.tokens, self.targets))
-        return tokens, targets, None if self.segments is None else torch.from_numpy(self.segments).to(device)
+        """The arrays as tensors on ``device``, which the host does not wait for."""
+        import torch  # here, because workers that make rows start without it
+
+        def there(array: NDArray[np.int64]) -> torch.Tensor:
+            tensor = torch.from_numpy(array)
+            if torch.device(device).type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return there(self.tokens), there(self.targets), None if self.segments is None else there(self.segments)
 
     def valid_tokens(self) -> int:
         """Targets that count."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, Literal, NamedTuple
 
-from openelm.data.files import PYTHON, find_files, find_library, is_url, open_binary, peek
+from openelm.data.files import PYTHON, find_files, find_library, is_url, open_binary, open_for_parts, peek, together
+from openelm.data.remote import HTTP, RemoteFile, gives_ranges
 from openelm.errors import UserError
 
 TEXT_ENDINGS = (".txt", ".text", ".md", ".rst", ".tex", ".py")
@@ -22,7 +23,7 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 COMPRESSED_ENDINGS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 PARQUET_ENDING = ".parquet"
 
-SPLIT_BYTES = 64 << 20  # a longer plain local .jsonl is read in ranges of this size
+SPLIT_BYTES = 64 << 20  # a longer plain .jsonl is read in ranges of this size
 _CHUNK_BYTES = 256 << 10
 _ZST_BYTES = 16 << 10  # packed bytes unpacked at a time: what stands before damage among them is lost with it
 _PARQUET_ROWS = 256  # rows decoded at a time
@@ -87,9 +88,9 @@ def find_units(source: Source) -> list[Unit]:
     if source.path == "python":
         units = _library_units()
     else:
-        units = [
-            unit for path, size in find_files(source.path, _is_known) for unit in _units_of_file(path, size, source)
-        ]
+        files = find_files(source.path, _is_known)
+        each = together if is_url(source.path) else map
+        units = [unit for found in each(lambda file: _units_of_file(file[0], file[1], source), files) for unit in found]
     if not units:
         endings = ", ".join((*TEXT_ENDINGS, *JSON_ENDINGS, PARQUET_ENDING))
         raise UserError(
@@ -110,7 +111,7 @@ def read_records(unit: Unit, source: Source) -> Iterator[bytes]:
     elif kind == "python-topics":
         yield from _topic_records()
     else:
-        with open_binary(unit.path) as file:
+        with open_binary(unit.path, max(0, unit.start - 1), unit.end) as file:
             if kind == "text":
                 yield b"".join(_chunks(file, compression, unit.path))
             elif compression:
@@ -181,6 +182,8 @@ def _is_known(name: str) -> bool:
 def _stem(path: str) -> tuple[str, str]:
     """Lower-case name without the ending of its compression, and that compression ("gz", "zst" or "")."""
     name = path.lower()
+    if name.startswith(HTTP):
+        name = name.partition("?")[0]
     for ending, compression in COMPRESSED_ENDINGS.items():
         if name.endswith(ending):
             return name[: -len(ending)], compression
@@ -215,7 +218,7 @@ def _units_of_file(path: str, size: int, source: Source) -> list[Unit]:
                 f"{path}: one JSON value over many lines; JSON text is read as one object a line: "
                 f"convert it, for example with `jq -c '.[]' {path}`"
             )
-        if size > SPLIT_BYTES and not is_url(path):
+        if size > SPLIT_BYTES and (not is_url(path) or gives_ranges(path)):
             starts = range(0, size, SPLIT_BYTES)
             ends = [min(start + SPLIT_BYTES, size) for start in starts]
             return [
@@ -326,7 +329,7 @@ def _zstandard_chunks(file: BufferedReader, path: str) -> Iterator[bytes]:
 
 def _parquet_units(path: str, size: int, source: Source) -> list[Unit]:
     try:
-        with open_binary(path) as file:
+        with open_for_parts(path) as file:
             metadata = _open_parquet(file, path, source).metadata
     except CorruptFile:
         return [Unit(path, "parquet", size_bytes=size)]
@@ -341,8 +344,10 @@ def _parquet_units(path: str, size: int, source: Source) -> list[Unit]:
 def _parquet_records(unit: Unit, source: Source) -> Iterator[bytes]:
     import pyarrow
 
-    with open_binary(unit.path) as file:
+    with open_for_parts(unit.path) as file:
         parquet = _open_parquet(file, unit.path, source)
+        if isinstance(file, RemoteFile):
+            file.expect(*_text_range(parquet.metadata.row_group(unit.part), source))
         batches = parquet.iter_batches(_PARQUET_ROWS, row_groups=[unit.part], columns=[source.text_key])
         while True:
             try:
@@ -358,13 +363,23 @@ def _parquet_records(unit: Unit, source: Source) -> Iterator[bytes]:
                 yield _NULL if text is None else text
 
 
-def _open_parquet(file: BufferedReader, path: str, source: Source) -> Any:
+def _text_range(row_group: Any, source: Source) -> tuple[int, int]:
+    """The bytes of a row group that hold its text column."""
+    columns = map(row_group.column, range(row_group.num_columns))
+    column = next(c for c in columns if c.path_in_schema == source.text_key)
+    start = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset)
+    return start, start + column.total_compressed_size
+
+
+def _open_parquet(file: BufferedReader | RemoteFile, path: str, source: Source) -> Any:
     """pyarrow's ParquetFile, its text column checked. CorruptFile, or UserError with the columns there are."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(file, page_checksum_verification=True)
+        # Without a buffer pyarrow takes a whole column of a row group at once, whatever its size.
+        buffer_bytes = _CHUNK_BYTES if isinstance(file, RemoteFile) else 0
+        opened = parquet.ParquetFile(file, page_checksum_verification=True, buffer_size=buffer_bytes)
         schema = opened.schema_arrow
     except (pyarrow.ArrowException, OSError) as error:
         raise CorruptFile(path, str(error)) from error

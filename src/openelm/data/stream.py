@@ -6,18 +6,26 @@ in how many processes and after how many resumes, gets the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple
-
-import numpy as np
+from math import gcd
+from typing import Any
 
 from openelm.data.filters import split_pieces, utf8_bytes
 from openelm.data.packing import Batch, Ids, Packing
 from openelm.data.pieces import TOO_FEW_CHARACTERS, TOO_FEW_TOKENS, Preparation, Tokenizer
-from openelm.data.sources import Source, find_units
+from openelm.data.sources import Source, Unit, find_units
+from openelm.data.stream_state import (
+    Account,
+    Opened,
+    ShardState,
+    Snapshot,
+    merge_counts,
+    merge_states,
+    shard_from_json,
+)
 from openelm.data.walk import Blocks, Found, NothingLeft, Place, Walk
 from openelm.errors import UserError
 
@@ -25,64 +33,26 @@ KEPT, UNDECODABLE, HELD_OUT = "kept", "undecodable", "held_out"
 FATES = (KEPT, TOO_FEW_CHARACTERS, TOO_FEW_TOKENS, UNDECODABLE, HELD_OUT)
 
 
-@dataclass(frozen=True)
-class Account:
-    """What became of the documents of one source so far, in one shard."""
-
-    documents: int = 0
-    kept: int = 0
-    too_few_characters: int = 0
-    too_few_tokens: int = 0
-    undecodable: int = 0
-    held_out: int = 0
-    invalid_utf8: int = 0
-    pieces: int = 0
-    bytes: int = 0
-    tokens: int = 0
-
-    def plus(self, **more: int) -> Account:
-        """The account with some counts raised."""
-        return replace(self, **{name: getattr(self, name) + value for name, value in more.items()})
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The document of one source that a shard is in, before its piece number ``piece``."""
-
-    before: Place  # where the document is found again
-    piece: int = 0
-    fate: str = ""  # so far
-
-
-@dataclass(frozen=True)
-class ShardState:
-    """One shard between two rows, tuples by source; never changed, only replaced, so that keeping it costs nothing."""
-
-    places: tuple[Place, ...]
-    accounts: tuple[Account, ...]
-    opened: tuple[Opened | None, ...]
-    remainder: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    ready: tuple[Ids, ...] = ()
-
-
-class Snapshot(NamedTuple):
-    """The whole state of a stream; plain once ``TokenStream.as_json`` has had it."""
-
-    position: int
-    states: tuple[ShardState, ...]
-    corrupt: frozenset[tuple[int, int]]
-
-
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out set: a matter of its content alone."""
     return _fraction(text.encode("utf-8", "surrogatepass")) < fraction
 
 
+def owned_shards(shards: int, *, rank: int, ranks: int, worker: int = 0, workers: int = 1) -> range:
+    """The shards that a worker of a rank reads, where row k goes to rank k mod ``ranks``.
+
+    Ranks that are equal modulo gcd(ranks, shards) read the same shards, and each keeps its own rows of them.
+    """
+    common = gcd(ranks, shards)
+    return range(rank % common + common * worker, shards, common * workers)
+
+
 class TokenStream:
     """Rows of token ids from several sources, mixed by shares of valid tokens, piece by piece.
 
-    ``seed`` orders everything; ``shards`` is V; ``held_out`` the fraction of documents never served. Raises UserError
-    for sources that are not there, and where the filters leave nothing.
+    ``seed`` orders everything; ``shards`` is V; ``held_out`` the fraction of documents never served; ``units`` those of
+    each source, where they are known already. A copy (``copy.copy``), and what a worker process gets, stands at the
+    same row and reads for itself. Raises UserError for sources that are not there, and where the filters leave nothing.
     """
 
     def __init__(
@@ -95,6 +65,7 @@ class TokenStream:
         seed: int,
         shards: int,
         held_out: float = 0.0,
+        units: Sequence[list[Unit]] | None = None,
     ) -> None:
         if tokenizer.bos_id == tokenizer.eos_id:
             raise UserError(
@@ -103,35 +74,52 @@ class TokenStream:
             )
         self.sources, self.tokenizer = list(sources), tokenizer
         self.preparation, self.packing = preparation, packing
-        self.shards, self.held_out = shards, held_out
+        self.seed, self.shards, self.held_out = seed, shards, held_out
+        self.units = [find_units(source) for source in sources] if units is None else list(units)
+        none = tuple(None for _ in sources)
+        empty = ShardState(tuple(Place() for _ in sources), tuple(Account() for _ in sources), none)
+        self._states = [empty] * shards
         self._corrupt: frozenset[tuple[int, int]] = frozenset()  # source and first unit of each corrupt file
+        self.position = 0
+        self._set_out()
+
+    def _set_out(self) -> None:
+        """Make what reads: it follows from the rest, and has nothing open yet."""
+        indices, seed, shards = range(len(self.sources)), self.seed, self.shards
         self.blocks = [
-            Blocks(source, find_units(source), partial(self._note_corrupt, index), shards)
-            for index, source in enumerate(sources)
+            Blocks(source, units, partial(self._note_corrupt, index), shards)
+            for index, (source, units) in enumerate(zip(self.sources, self.units, strict=True))
         ]
         self._walks = [
             [Walk(blocks, shard=shard, shards=shards, key=(seed, index)) for index, blocks in enumerate(self.blocks)]
             for shard in range(shards)
         ]
-        indices = range(len(self.sources))
         # Where in its turn each shard enters each source: else all would be ahead with the same one at once.
         self._phases = [[_fraction(f"{seed} {shard} {index}".encode()) for index in indices] for shard in range(shards)]
-        none = tuple(None for _ in indices)
-        empty = ShardState(tuple(Place() for _ in indices), tuple(Account() for _ in indices), none)
-        self._states = [empty] * shards
-        self._totals = [Account() for _ in indices]  # over all shards
-        self._epochs = [0 for _ in indices]  # the furthest of all shards
         self._parts: list[dict[int, list[str]]] = [{} for _ in range(shards)]  # of the documents each shard is in
-        self.position = 0
+        self._names = tuple(source.name for source in self.sources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("blocks", "_walks", "_phases", "_parts", "_names")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._states = list(self._states)
+        self._set_out()
 
     def next_row(self) -> Ids:
         """Row ``position``: at most row_length + 1 ids; the position moves on by one."""
-        shard = self.position % self.shards
+        row = self.next_of(self.position % self.shards)
+        self.position += 1
+        return row
+
+    def next_of(self, shard: int) -> Ids:
+        """The next row of one shard, wherever ``position`` is: for those who read some of the shards only."""
         while not self._states[shard].ready:
             self._read_piece(shard)
         state = self._states[shard]
         self._states[shard] = replace(state, ready=state.ready[1:])
-        self.position += 1
         return state.ready[0]
 
     def next_batch(self, rows: int) -> Batch:
@@ -183,7 +171,6 @@ class TokenStream:
         state = self._states[shard]
         before = state.places[index]
         found = self._find(shard, index, before)
-        self._epochs[index] = max(self._epochs[index], found.after.epoch)
         state = replace(state, places=_with(state.places, index, found.after))
         more = {"invalid_utf8": 1} if found.problem == "invalid_utf8" else {}
         if found.text is None:
@@ -200,7 +187,6 @@ class TokenStream:
         state = self._states[shard]
         accounts = _with(state.accounts, index, state.accounts[index].plus(**more))
         self._states[shard] = replace(state, accounts=accounts)
-        self._totals[index] = self._totals[index].plus(**more)
 
     def _note_corrupt(self, index: int, path: str) -> None:
         # By number, not by path: the data may be elsewhere when the run is resumed.
@@ -228,67 +214,31 @@ class TokenStream:
                 f"data.min_tokens={self.preparation.min_tokens}, or add text"
             ) from None
 
+    def snapshot(self, shards: Iterable[int] | None = None) -> Snapshot:
+        """Some shards, or all, as they are now, at no cost: what it holds is never changed."""
+        states = {shard: self._states[shard] for shard in (range(self.shards) if shards is None else shards)}
+        return Snapshot(self.position, self.shards, self._names, states, self._corrupt)
+
     def counts(self) -> dict[str, Any]:
         """The account of all documents so far, in total and by source."""
-        by_source = {
-            source.name: {**asdict(total), "epoch": epoch}
-            for source, total, epoch in zip(self.sources, self._totals, self._epochs, strict=True)
-        }
-        totals = {name: sum(entry[name] for entry in by_source.values()) for name in asdict(Account())}
-        return {**totals, "corrupt_files": len(self._corrupt), "sources": by_source}
+        return merge_counts([self.snapshot().counts_part()])
 
-    def snapshot(self) -> Snapshot:
-        """The state, at no cost; ``as_json`` makes it fit for a file."""
-        return Snapshot(self.position, tuple(self._states), self._corrupt)
+    def state(self) -> dict[str, Any]:
+        """The state as plain lists and numbers, for ``restore``."""
+        return merge_states([self.snapshot().part()])
 
     def restore(self, data: dict[str, Any]) -> None:
-        """Go to where ``as_json(snapshot())`` was taken."""
-        if data["shards"] != self.shards or data["sources"] != [source.name for source in self.sources]:
+        """Go to where ``state`` was taken, by however many ranks and workers (``merge_states``)."""
+        if data["shards"] != self.shards or data["sources"] != list(self._names):
             raise UserError(
                 f"the checkpoint's stream has {data['shards']} shards of {data['sources']}, the recipe "
-                f"{self.shards} of {[source.name for source in self.sources]}: they must be the same to continue"
+                f"{self.shards} of {list(self._names)}: they must be the same to continue"
             )
+        assert len(data["states"]) == self.shards, "a state is whole: merge_states makes it of its parts"
         self.position = data["position"]
         self._corrupt = frozenset((index, unit) for index, unit in data["corrupt"])
-        self._states = [_shard_from_json(entry) for entry in data["states"]]
+        self._states = [shard_from_json(entry) for entry in data["states"]]
         self._parts = [{} for _ in range(self.shards)]
-        for index in range(len(self.sources)):
-            accounts = [asdict(state.accounts[index]) for state in self._states]
-            self._totals[index] = Account(**{name: sum(a[name] for a in accounts) for name in asdict(Account())})
-            self._epochs[index] = max(state.places[index].epoch for state in self._states)
-
-    def as_json(self, snapshot: Snapshot) -> dict[str, Any]:
-        """A snapshot as plain lists and numbers."""
-        return {
-            "position": snapshot.position,
-            "shards": self.shards,
-            "sources": [source.name for source in self.sources],
-            "corrupt": sorted(snapshot.corrupt),
-            "states": [_shard_to_json(state) for state in snapshot.states],
-        }
-
-
-def _shard_to_json(state: ShardState) -> dict[str, Any]:
-    return {
-        "places": [asdict(place) for place in state.places],
-        "accounts": [asdict(account) for account in state.accounts],
-        "opened": [None if opened is None else asdict(opened) for opened in state.opened],
-        "remainder": state.remainder.tolist(),
-        "ready": [row.tolist() for row in state.ready],
-    }
-
-
-def _shard_from_json(data: dict[str, Any]) -> ShardState:
-    return ShardState(
-        places=tuple(Place(**place) for place in data["places"]),
-        accounts=tuple(Account(**account) for account in data["accounts"]),
-        opened=tuple(
-            None if opened is None else Opened(**{**opened, "before": Place(**opened["before"])})
-            for opened in data["opened"]
-        ),
-        remainder=np.array(data["remainder"], dtype=np.int32),
-        ready=tuple(np.array(row, dtype=np.int32) for row in data["ready"]),
-    )
 
 
 def _with(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

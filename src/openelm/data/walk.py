@@ -207,9 +207,10 @@ class Walk:
         return self._own[1]
 
 
-def documents_once(source: Source, key: tuple[object, ...]) -> Iterator[str]:
-    """Every document of a source that can be read, once, in a shuffled order."""
-    walk = Walk(Blocks(source, find_units(source), lambda path: None), shard=0, shards=1, key=key)
+def documents_once(source: Source, key: tuple[object, ...], units: list[Unit] | None = None) -> Iterator[str]:
+    """Every document of a source that can be read, once, in a shuffled order; ``units`` where they are known."""
+    found_units = find_units(source) if units is None else units
+    walk = Walk(Blocks(source, found_units, lambda path: None), shard=0, shards=1, key=key)
     try:
         while not (found := walk.next()).after.epoch:
             if found.text is not None:

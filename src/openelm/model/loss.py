@@ -59,6 +59,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 d_weight_VD.addmm_(d_CV.t(), h_CD)
             elif d_weight_VD is not None:
                 d_weight_VD += d_CV.t() @ h_CD
+            del d_CV  # before the next chunk's logits
         if d_weight_VD is not None:
             d_weight_VD = d_weight_VD.to(weight_VD.dtype)
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)

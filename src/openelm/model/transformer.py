@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D model_dim, H query heads, G key/value heads, K head
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
@@ -201,19 +202,28 @@ class OpenELM(nn.Module):
         return total if z_loss_weight is None else (total, z_loss)
 
 
-def init_weights(model: OpenELM, seed: int) -> None:
-    """Fill ``model`` in place, as CoreNet does: normal, by fan-in; what writes to the residual stream smaller by depth.
+def initial_weights(model: OpenELM, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """First weights of ``model`` by name, whole, fp32, on the CPU: the same on every device and every rank.
 
-    Each tensor has a generator of its own, seeded by its name's place: the same values whatever else is drawn.
+    As CoreNet's: normal, by fan-in; what writes to the residual stream smaller by depth. Each tensor has a generator of
+    its own, seeded by its place: the same values whatever else is drawn.
     """
     config = model.config
     depth = (2 * config.num_transformer_layers) ** -0.5
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() == 1:
-            nn.init.ones_(parameter)
+            yield name, torch.ones(parameter.shape)
             continue
         std = parameter.shape[1] ** -0.5
         if name.endswith(("out_proj.weight", "proj_2.weight")):
             std = config.model_dim**-0.5 * depth
-        generator = torch.Generator(device=parameter.device).manual_seed(seed * 100_003 + index)
-        nn.init.normal_(parameter, std=std, generator=generator)
+        generator = torch.Generator().manual_seed(seed * 100_003 + index)
+        yield name, torch.empty(parameter.shape).normal_(std=std, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: OpenELM, seed: int) -> None:
+    """Fill ``model`` in place with its first weights."""
+    parameters = dict(model.named_parameters())
+    for name, values in initial_weights(model, seed):
+        parameters[name].copy_(values)

@@ -14,7 +14,7 @@ import yaml
 
 from openelm.errors import UserError
 
-OWN_SCORES = ("last", "averaged")  # of the summary's bits per byte, those of the run's own model
+OWN_SCORES = ("last", "exponential average", "averaged")  # of the summary's bits per byte, those of the run's own model
 Record = dict[str, Any]
 
 

@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.model.folder import load_config
 from openelm.model.geometry import ModelConfig
-from openelm.train.checkpoint import Checkpoints, read_weights, verify
+from openelm.train.checkpoint import Checkpoints, check_geometry, model_shapes, open_checkpoint
+
+EMA = "ema."  # what the optimizer tensors of an exponential average begin with
+
+
+class Average:
+    """The mean of the checkpoints of ``steps``, read a tensor at a time, whoever wrote its rows.
+
+    Each is verified first (of several ranks, each looks at its ``share`` = (rank, ranks) of the files). Raises
+    UserError where one is damaged or of another geometry than the last.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, steps: Sequence[int], *, share: tuple[int, int] = (0, 1)) -> None:
+        self.steps = list(steps)
+        self._opened = [open_checkpoint(checkpoints.path(step), share=share) for step in self.steps]
+        self.config: ModelConfig = self._opened[-1].config
+        for opened in self._opened:
+            check_geometry(self.config, opened.path)
+
+    @classmethod
+    def of_last(cls, checkpoints: Checkpoints, last: int, *, share: tuple[int, int] = (0, 1)) -> Average:
+        """Of the newest ``last``; UserError where there are fewer."""
+        return cls(checkpoints, newest(checkpoints, checkpoints.steps(), last), share=share)
+
+    def read(self, name: str, first_row: int = 0, rows: int | None = None) -> Tensor:
+        """Rows of a mean weight in fp32; summed in fp64."""
+        total: Tensor | None = None
+        for opened in self._opened:
+            tensor = opened.read_weight(name, first_row, rows)
+            total = tensor.double() if total is None else total.add_(tensor)
+        assert total is not None
+        return total.div_(len(self._opened)).float()
 
 
 def average_checkpoints(checkpoints: Checkpoints, last: int) -> tuple[ModelConfig, dict[str, Tensor], list[int]]:
-    """(geometry, fp32 mean weights, steps averaged) of the newest ``last`` checkpoints, each verified first.
+    """(geometry, fp32 mean weights, steps averaged) of the newest ``last`` checkpoints, each verified first."""
+    average = Average.of_last(checkpoints, last)
+    return average.config, {name: average.read(name) for name in model_shapes(average.config)}, average.steps
 
-    Sums are kept in fp64, so that the mean is the correctly rounded one whatever the order. Raises UserError where
-    there are fewer, or where one is damaged or of another geometry.
+
+def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(geometry, fp32 weights) of the exponential average that the run kept up to ``step``.
+
+    Raises UserError where the checkpoint is damaged or holds none.
     """
-    steps = checkpoints.steps()[-last:]
+    opened = open_checkpoint(checkpoints.path(step))
+    shapes = model_shapes(opened.config)
+    kept = {name: shape for name in shapes if (shape := opened.optimizer_shapes.get(EMA + name)) is not None}
+    if not kept:
+        raise UserError(
+            f"{opened.path} holds no exponential average: it is kept where train.ema_decay is set; leave out --ema to "
+            "average checkpoints"
+        )
+    for name, shape in shapes.items():
+        if kept.get(name) != shape:
+            raise UserError(f"{opened.path}: {EMA}{name} has shape {kept.get(name)}, but config.json gives {shape}")
+    return opened.config, {name: opened.read_optimizer(EMA + name).to(torch.float32) for name in shapes}
+
+
+def newest(checkpoints: Checkpoints, steps: Sequence[int], last: int) -> list[int]:
+    """The newest ``last`` of ``steps``; UserError where there are fewer."""
     if last < 1 or len(steps) < last:
         raise UserError(
             f"{checkpoints.folder} has {len(steps)} checkpoints, not {last}: average {len(steps)} with --last "
             f"{len(steps)}, or keep more with train.keep_last"
         )
-    paths: list[Path] = [checkpoints.path(step) for step in steps]
-    config, _ = load_config(paths[-1])
-    totals: dict[str, Tensor] = {}
-    for path in paths:
-        verify(path)
-        geometry, weights = read_weights(path)
-        if geometry != config:
-            raise UserError(f"{path} has another geometry than {paths[-1]}: they cannot be averaged")
-        for name, tensor in weights.items():
-            totals[name] = totals[name].add_(tensor) if name in totals else tensor.double()
-    return config, {name: (total / last).float() for name, total in totals.items()}, steps
+    return list(steps[-last:])
+
+
+def newest_in_a_row(steps: Sequence[int], most: int, spacing: int | None) -> list[int]:
+    """The newest of ``steps``, at most ``most``, back to a gap of more than ``spacing``.
+
+    A milestone from long before the last ones is left out so; a last checkpoint that follows closely is not.
+    """
+    chosen = list(steps[-1:])
+    for step in reversed(steps[:-1]):
+        if len(chosen) == most or (spacing and chosen[0] - step > spacing):
+            break
+        chosen.insert(0, step)
+    return chosen

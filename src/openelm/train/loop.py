@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from openelm.data.loader import Step
 from openelm.errors import UserError
 from openelm.train.allocator import keep_freed_memory
+from openelm.train.guard import Event, Guard
 from openelm.train.metrics import peak_memory_bytes
 from openelm.train.optim import Optimizer
+from openelm.train.parallel import World, before_micro_batch
 from openelm.train.schedule import Schedule
 
 # loss_fn(model, batch) -> (loss summed over the batch, metrics summed likewise)
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
-# probe(step, model, account of the data) -> entries for metrics.jsonl
-Probe = Callable[[int, nn.Module, dict[str, Any]], list[dict[str, Any]]]
+# probe(step, model, its data) -> entries for metrics.jsonl
+Probe = Callable[[int, nn.Module, Step], list[dict[str, Any]]]
+# The host looks at what the guard saw at least this often.
+EXAMINE_EVERY = 50
 
 
 class Record(Protocol):
@@ -30,17 +34,38 @@ class Record(Protocol):
 
     def write(self, entry: dict[str, Any]) -> None: ...
 
+    def event(self, event: Event) -> None: ...
+
+
+class Keep(Protocol):
+    """Who writes checkpoints."""
+
+    def save(self, step: int, tokens: int, data: Step) -> None: ...
+
+    def written(self) -> bool: ...
+
+    def all_written(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop itself needs to know."""
+    """What the loop itself needs to know; ``usual_weight`` is that of a whole step of all ranks, within reason."""
 
     steps: int
+    usual_weight: int
     clip_norm: float
     log_every: int
     checkpoint_every: int
     flops_per_token: int
     peak_flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run came, and the tokens (valid targets) that it has seen in all."""
+
+    step: int
+    tokens: int
 
 
 def run(
@@ -52,69 +77,73 @@ def run(
     settings: LoopSettings,
     recorder: Record,
     *,
-    save: Callable[[int, int, Any], None],
+    world: World,
+    guard: Guard,
+    keep: Keep,
     probes: Iterable[Probe] = (),
-    first_step: int = 0,
-    tokens: int = 0,
-) -> int:
-    """Train from ``first_step`` to ``settings.steps``; returns the tokens (valid targets) seen in all.
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    start: Reached = Reached(0, 0),
+) -> Reached:
+    """Train from ``start`` to ``settings.steps``, or to the end of the step in which any rank is asked to stop.
 
-    ``save(step, tokens, snapshot)`` is called after every ``checkpoint_every`` steps and after the last, ``probes``
-    after every step, both when the step is complete. Gradients are sums divided by the step's whole weight, so
-    micro-batches and padding change nothing beyond rounding. Raises UserError at a loss or gradient that is not
-    finite, before it reaches the weights.
+    Checkpoints are written after every ``checkpoint_every`` steps and after the last, ``probes`` run after every step.
+    Gradients are sums over all ranks divided by the step's whole weight, so micro-batches, ranks and padding change
+    nothing beyond rounding. Raises UserError at a loss or gradient that is not finite (where the guard is to stop):
+    no such step reaches the weights.
     """
     keep_freed_memory()
-    batches = iter(data)
-    for step in range(first_step, settings.steps):
+    batches, done, tokens = iter(data), start.step, start.tokens
+    span = _Span()
+    for step in range(start.step, settings.steps):
         start_s = time.perf_counter()
         chunk = next(batches)
         weight = sum(batch.valid_tokens() for batch in chunk.batches)
-        if not weight:
-            raise UserError(f"step {step + 1}: its rows hold no target that counts: make data.row_length longer")
 
-        loss = torch.zeros(())
         sums: dict[str, Tensor] = {}
-        for batch in chunk.batches:
+        for number, batch in enumerate(chunk.batches, start=1):
+            before_micro_batch(model, world, last=number == len(chunk.batches))
             loss_sum, metrics = loss_fn(model, batch)
-            (loss_sum / weight).backward()
-            loss += loss_sum.detach().cpu()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
+            (loss_sum / settings.usual_weight).backward()
+            for name, value in {"loss": loss_sum.detach(), **metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
 
-        norm = optimizer.clip(settings.clip_norm)
+        # Sums over all ranks: each replica has its gradients whole, so they count in part. The host waits for nothing.
+        squares = optimizer.squares() / world.replicas
+        totals = world.sum_(torch.stack([squares, squares.new_tensor(weight), *(v.to(squares) for v in sums.values())]))
+        scale = totals[1] / settings.usual_weight
+        norm, loss = totals[0].sqrt() / scale, totals[2] / totals[1]
+        skip = guard.judge(step + 1, loss, norm, chunk)
         lr = schedule.at(step)
-        _stop_if_not_finite(step, loss, norm)
-        optimizer.update(lr)
+        optimizer.update(lr, divisor=scale * (norm / settings.clip_norm).clamp(min=1.0), skip=skip)
 
-        tokens += weight
+        all_weight, stops, unwritten = world.agree(step, weight, asked_to_stop(), not keep.written())
+        if not all_weight:
+            raise UserError(f"step {step + 1}: its rows hold no target that counts: make data.row_length longer")
+        tokens += all_weight
         done = step + 1
-        step_s = time.perf_counter() - start_s
-        if done % settings.log_every == 0 or done == settings.steps:
-            tokens_per_s = weight / step_s
-            recorder.train(
-                {
-                    "step": done,
-                    "loss": loss.item() / weight,
-                    **{name: value.item() / weight for name, value in sums.items()},
-                    "grad_norm": norm.item(),
-                    "lr": lr,
-                    "tokens": tokens,
-                },
-                {
-                    "step_s": step_s,
-                    "tokens_per_s": tokens_per_s,
-                    "mfu": tokens_per_s * settings.flops_per_token / settings.peak_flops_per_s,
-                    "data_wait_s": chunk.wait_s,
-                    "memory_bytes": peak_memory_bytes(),
-                },
-            )
+        if not unwritten:
+            keep.all_written()
+        ends = done == settings.steps or stops > 0
+        saves = ends or done % settings.checkpoint_every == 0
+        logs = ends or done % settings.log_every == 0
+        if logs:
+            figures = dict(zip(sums, (totals[2:] / totals[1]).tolist(), strict=True))
+        span.add(all_weight, time.perf_counter() - start_s, chunk.wait_s)
+        if logs or saves or guard.pending >= EXAMINE_EVERY:
+            _examine(guard, recorder)
+        if logs:
+            entry = {"step": done, **figures, "grad_norm": norm.item(), "lr": lr, "tokens": tokens}
+            recorder.train(entry, span.end(settings))
         for probe in probes:
-            for entry in probe(done, model, chunk.counts):
+            if found := probe(done, model, chunk):
+                _examine(guard, recorder)  # what is recorded goes by step
+            for entry in found:
                 recorder.write(entry)
-        if done % settings.checkpoint_every == 0 or done == settings.steps:
-            save(done, tokens, chunk.snapshot)
-    return tokens
+        if saves:
+            keep.save(done, tokens, chunk)
+        if stops:
+            break
+    return Reached(done, tokens)
 
 
 def pretraining_loss(z_loss: float) -> LossFunction:
@@ -129,9 +158,38 @@ def pretraining_loss(z_loss: float) -> LossFunction:
     return loss_fn
 
 
-def _stop_if_not_finite(step: int, loss: Tensor, norm: Tensor) -> None:
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise UserError(
-            f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: not finite, so the update was not "
-            "made. The last checkpoint is whole; lower train.lr, or look at the rows of this step"
-        )
+class _Span:
+    """The steps since figures were last taken: on a GPU only their sum can be timed without waiting."""
+
+    def __init__(self) -> None:
+        self._tokens = self._steps = 0
+        self._elapsed_s = self._wait_s = 0.0
+
+    def add(self, tokens: int, elapsed_s: float, wait_s: float) -> None:
+        self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+        self._elapsed_s, self._wait_s = self._elapsed_s + elapsed_s, self._wait_s + wait_s
+
+    def end(self, settings: LoopSettings) -> dict[str, Any]:
+        """Means of a step; the next span begins."""
+        tokens_per_s = self._tokens / self._elapsed_s
+        found = {
+            "step_s": self._elapsed_s / self._steps,
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * settings.flops_per_token / settings.peak_flops_per_s,
+            "data_wait_s": self._wait_s / self._steps,
+            "memory_bytes": peak_memory_bytes(),
+        }
+        self._tokens = self._steps = 0
+        self._elapsed_s = self._wait_s = 0.0
+        return found
+
+
+def _examine(guard: Guard, recorder: Record) -> None:
+    for event in guard.examine():
+        recorder.event(event)
+        if event.action == "stopped":
+            raise UserError(
+                f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}: not finite, so the update was "
+                "not made. The last checkpoint is whole, and the rows are recorded in replay/; lower train.lr, look at "
+                "the rows, or set train.on_non_finite=skip"
+            )

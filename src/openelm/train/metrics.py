@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 from openelm.errors import UserError
-from openelm.files import disk_errors_named, whole_file
+from openelm.files import disk_errors_named, whole_file, write_json
+from openelm.train.guard import Event, as_entry
 
 PRINT_EVERY_S = 10.0
 
 
 class Recorder:
-    """Writes the metrics of one run, and shows the progress on standard error.
+    """Writes the metrics of one run, and shows the progress on standard error; other ranks than 0 say nothing.
 
     What differs from run to run stands under ``timing``: all else is the same for the same recipe and seed.
     """
@@ -30,9 +32,11 @@ class Recorder:
         *,
         steps: int,
         elapsed_s: float = 0.0,
+        rank: int = 0,
         trackers: tuple[Callable[[dict[str, Any]], None], ...] = (),
     ) -> None:
-        self._path = run / "metrics.jsonl"
+        self._run, self._rank = run, rank
+        self._path = run / "metrics.jsonl" if rank == 0 else Path(os.devnull)
         self._file = self._path.open("ab", buffering=0)  # each entry is written, or refused, at once
         self._steps, self._trackers = steps, trackers
         self._start_s = time.perf_counter() - elapsed_s
@@ -63,12 +67,25 @@ class Recorder:
         if self._first is None:
             self._first = (now_s - timing["step_s"], entry["step"] - 1)
         last = entry["step"] == self._steps
+        if self._rank:
+            return
         if last or now_s - self._printed_s >= (0.5 if self._tty else PRINT_EVERY_S):
             self._printed_s = now_s
             self._show(self._line(entry, timing, now_s), last=last)
 
+    def event(self, event: Event) -> None:
+        """A step out of the ordinary: an entry, and its rows in replay/, so that they can be looked at again."""
+        (self._run / "replay").mkdir(exist_ok=True)
+        file = self._run / "replay" / f"step_{event.step:08}-rank_{self._rank:05}.json"
+        batches = [{"tokens": b.tokens.tolist(), "targets": b.targets.tolist()} for b in event.data.batches]
+        write_json(file, {"step": event.step, "problem": event.problem, "rank": self._rank, "batches": batches})
+        self.write({**as_entry(event), "replay": f"replay/step_{event.step:08}-rank_*.json"})
+        self.say(f"step {event.step}: {event.problem} ({event.action}): loss {event.loss:.3f}, rows in {file}")
+
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self._rank:
+            return
         print(("\r\x1b[K" if self._tty else "") + text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -6,25 +6,27 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from openelm.config import RunConfig
 from openelm.data.filters import utf8_bytes
 from openelm.data.held_out import HeldOut, held_out_set
 from openelm.data.packing import Packing
 from openelm.data.pieces import Preparation
-from openelm.data.sources import Source, find_units
+from openelm.data.sources import Source, Unit, find_units
 from openelm.data.stream import TokenStream, is_held_out
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.data.walk import documents_once
 from openelm.errors import UserError
 from openelm.model.folder import load_config, load_model
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
+from openelm.model.transformer import OpenELM, initial_weights
+from openelm.train.parallel import World, build
 
 
 def sources(config: RunConfig) -> list[Source]:
@@ -38,8 +40,8 @@ def preparation(config: RunConfig) -> Preparation:
     return Preparation(data.min_characters, data.min_tokens, data.split_words, data.repair_text)
 
 
-def token_stream(config: RunConfig, tokenizer: Tokenizer) -> TokenStream:
-    """The rows of the run."""
+def token_stream(config: RunConfig, tokenizer: Tokenizer, units: list[list[Unit]] | None = None) -> TokenStream:
+    """The rows of the run; ``units`` of each source, where they have been found already."""
     data = config.data
     return TokenStream(
         sources(config),
@@ -49,11 +51,12 @@ def token_stream(config: RunConfig, tokenizer: Tokenizer) -> TokenStream:
         seed=config.seed,
         shards=data.shards,
         held_out=data.held_out,
+        units=units,
     )
 
 
-def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut:
-    """The validation text of the run."""
+def held_out(config: RunConfig, tokenizer: Tokenizer, units: list[list[Unit]] | None = None) -> HeldOut:
+    """The validation text of the run; ``units`` of each source, where they have been found already."""
     return held_out_set(
         sources(config),
         tokenizer,
@@ -62,6 +65,7 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> HeldOut:
         fraction=config.data.held_out,
         max_tokens=config.data.validation_tokens,
         seed=config.seed,
+        units=units,
     )
 
 
@@ -136,23 +140,18 @@ def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model
 
 
-def build_model(config: RunConfig, geometry: ModelConfig, device: torch.device) -> OpenELM:
-    """The model in fp32 with its first weights, the same on every device."""
-    if config.train.init_from:
-        model = load_model(config.train.init_from, dtype=torch.float32)
-        model.requires_grad_(True)
-    else:
-        model = OpenELM(geometry)
-        init_weights(model, config.seed)
-    model.checkpoint_activations(config.train.activation_checkpointing)
-    return model.train().to(device)
+def build_model(config: RunConfig, geometry: ModelConfig, world: World, dtype: torch.dtype) -> OpenELM:
+    """The model in fp32 with its first weights, the same on every device and for any number of ranks."""
+    train = config.train
 
+    def weights(model: OpenELM) -> Iterable[tuple[str, Tensor]]:
+        if train.init_from:
+            return load_model(train.init_from, dtype=torch.float32).state_dict().items()
+        return initial_weights(model, config.seed)
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, then Apple's GPU, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return build(
+        geometry, world, weights, dtype=dtype, checkpointing=train.activation_checkpointing, compile=train.compile
+    )
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:

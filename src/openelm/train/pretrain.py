@@ -2,123 +2,189 @@
 
 from __future__ import annotations
 
-import glob
 import json
+import secrets
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from openelm.config import RunConfig
+from openelm.data.fingerprint import compare, fingerprint
 from openelm.data.held_out import HeldOut, order_0_bits_per_byte, xz_bits_per_byte
 from openelm.data.loader import Loader
+from openelm.data.sources import Unit, find_units
 from openelm.data.stream import TokenStream
 from openelm.data.tokenizer import Tokenizer
-from openelm.environment import environment
-from openelm.errors import UserError
-from openelm.files import remove_drafts, whole_folder, write_json
+from openelm.errors import Stopped, UserError
+from openelm.files import remove_drafts, write_json
 from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.train import loop, parts, probes
-from openelm.train.average import average_checkpoints
-from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.average import Average, exponential_average
+from openelm.train.checkpoint import Checkpoints
+from openelm.train.guard import Guard
+from openelm.train.keeper import Keeper
 from openelm.train.metrics import Recorder, cut_back, gemm_flops_per_s, trackers
 from openelm.train.optim import Optimizer
+from openelm.train.parallel import World, check_batch
+from openelm.train.run_folder import DATA, check_start, create, locked
 from openelm.train.schedule import Schedule
+from openelm.train.stopping import Stopping
 
-# What may differ between a run and its resume: none of it changes a number that is computed.
-FREE_KEYS = {"train.log_every", "train.tensorboard", "train.wandb", "train.milestone_every"}
+
+@dataclass(frozen=True)
+class Begun:
+    """What rank 0 has found and checked for all, before any of them makes a step."""
+
+    resumed: bool
+    notes: list[str]
+    units: list[list[Unit]]  # of each source
+    held_out: HeldOut
+    attempt: str  # marks the files that this start writes
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a run is made of, checked, before anything is written."""
+    """All that a run is made of, on this rank."""
 
     config: RunConfig
+    run: Path
+    world: World
     geometry: ModelConfig
     tokenizer: Tokenizer
     stream: TokenStream
     held_out: HeldOut
-    device: torch.device
     dtype: torch.dtype
+    model: OpenELM
+    optimizer: Optimizer
+    guard: Guard
+    checkpoints: Checkpoints
+    keeper: Keeper
 
 
-def prepare(config: RunConfig, run: Path | None = None) -> Parts:
-    """Find the data and check that everything fits together; raises UserError before anything is written."""
-    own = run / "tokenizer" if run else None
-    tokenizer = Tokenizer.load(own) if own and own.is_dir() else parts.load_tokenizer(config)
-    geometry = parts.geometry(config, tokenizer)
-    parts.token_stream(config, tokenizer).next_row()  # nothing left after filtering is said here
-    device = parts.pick_device()
-    return Parts(
-        config,
-        geometry,
-        tokenizer,
-        parts.token_stream(config, tokenizer),
-        parts.held_out(config, tokenizer),
-        device,
-        parts.compute_dtype(config.train.dtype, device),
-    )
+def pretrain(
+    config: RunConfig, run: Path, *, resume: bool | None, resume_step: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, average, compare, and write the model folder; returns what summary.json holds (on rank 0).
 
-
-def pretrain(config: RunConfig, run: Path, *, resume: bool, resume_step: int | None, overwrite: bool) -> dict[str, Any]:
-    """Train, average, compare, and write the model folder; returns the summary that summary.json holds."""
-    remove_drafts(run.parent, glob.escape(run.name))  # of a start that was killed
-    if run.exists() and not (run.is_dir() and ((run / "config.yaml").is_file() or not any(run.iterdir()))):
-        raise UserError(
-            f"{run} is there and is no run folder (it has no config.yaml): choose another with --run FOLDER"
-        )
-    if run.exists() and not (resume or overwrite):
-        raise UserError(f"{run} exists: go on with --resume, start anew with --overwrite, or choose --run FOLDER")
-    if resume and not run.exists():
-        raise UserError(f"{run} does not exist, so there is nothing to resume: leave out --resume")
-    resolved = _as_plain(config)
-    if resume:
-        _check_same(run, resolved)
-    ready = prepare(config, run if resume else None)
-    if not resume:
-        _create(run, ready, resolved)
-    checkpoints = Checkpoints(
-        run / "checkpoints", keep_last=config.train.keep_last, milestone_every=config.train.milestone_every
-    )
-    model, optimizer = _model_and_optimizer(ready)
-    checkpoint = _load(checkpoints, ready, optimizer, resume_step) if resume else None
-    step = checkpoint.step if checkpoint else 0
-    elapsed_s = cut_back(run / "metrics.jsonl", step)
+    ``resume`` None goes on where there is a run and begins where there is none. Raises Stopped where a signal ended the
+    run before its time.
+    """
     train = config.train
-    tracking = trackers(run, tensorboard=train.tensorboard, wandb=train.wandb)
-    with Recorder(run, steps=train.steps, elapsed_s=elapsed_s, trackers=tracking) as recorder:
-        _say_what_begins(ready, recorder, step)
-        tokens = _train(ready, model, optimizer, recorder, checkpoints, checkpoint)
-        return _finish(ready, run, model, optimizer, checkpoints, recorder, tokens)
+    with World(train.sharding, train.timeout_s) as world, ExitStack() as stack:
+
+        def begin() -> Begun:
+            check_batch(train.global_batch, train.micro_batch, world.size)
+            stack.enter_context(locked(run))
+            resumes = (run / "config.yaml").is_file() if resume is None else resume
+            return _begin(config, run, resume=resumes, overwrite=overwrite)
+
+        begun = world.first(begin)
+        ready = world.each(lambda: _assemble(config, run, world, begun))
+        start = world.each(lambda: _load(ready, resume_step)) if begun.resumed else loop.Reached(0, 0)
+        elapsed_s = world.first(lambda: cut_back(run / "metrics.jsonl", start.step))
+        tracking = trackers(run, tensorboard=train.tensorboard, wandb=train.wandb) if world.rank == 0 else ()
+        with Recorder(run, steps=train.steps, elapsed_s=elapsed_s, rank=world.rank, trackers=tracking) as recorder:
+            _say_what_begins(ready, recorder, begun.notes, start.step)
+            with Stopping() as stopping:
+                reached = _train(ready, recorder, stopping, start)
+            ready.keeper.finish()
+            if reached.step < train.steps:
+                raise Stopped(
+                    f"{stopping.name or 'another rank'}: stopped after step {reached.step} of {train.steps}; the "
+                    "checkpoint is written: go on with the same command and --resume"
+                    if world.rank == 0
+                    else ""
+                )
+            return _finish(ready, recorder, reached)
 
 
-def _train(
-    ready: Parts,
-    model: OpenELM,
-    optimizer: Optimizer,
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint | None,
-) -> int:
-    config, train = ready.config, ready.config.train
+def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Begun:
+    """Find the data, check that everything fits together, and make the run folder; UserError before it is made."""
+    notes = check_start(run, config, resume=resume, overwrite=overwrite)
+    own = run / "tokenizer"
+    tokenizer = Tokenizer.load(own) if resume and own.is_dir() else parts.load_tokenizer(config)
+    geometry = parts.geometry(config, tokenizer)
+    units = [find_units(source) for source in parts.sources(config)]
+    by_name = {source.name: found for source, found in zip(config.data.sources, units, strict=True)}
+    if resume:
+        for folder in (run, run / "checkpoints", run / "report"):
+            remove_drafts(folder)
+        # What was copied since has other times: written down, so that the next resume need not read it again.
+        write_json(run / DATA, compare(json.loads((run / DATA).read_text(encoding="utf-8")), by_name))
+    else:
+        parts.token_stream(config, tokenizer, units).next_row()  # nothing left after filtering is said here
+        create(run, config, geometry, tokenizer, fingerprint(by_name))
+    return Begun(resume, notes, units, parts.held_out(config, tokenizer, units), secrets.token_hex(8))
 
-    def save(step: int, tokens: int, snapshot: Any) -> None:
-        state = {"tokens": tokens, "stream": ready.stream.as_json(snapshot)}
-        weights = {name: master.detach() for name, master in optimizer.masters.items()}
-        checkpoints.save(ready.geometry, Checkpoint(step, weights, optimizer.state(), state))
 
+def _assemble(config: RunConfig, run: Path, world: World, begun: Begun) -> Parts:
+    if not (run / "tokenizer").is_dir():
+        raise UserError(f"rank {world.rank} does not see {run}: it must be on a file system that all ranks share")
+    train = config.train
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    geometry = parts.geometry(config, tokenizer)
+    dtype = parts.compute_dtype(train.dtype, world.device)
+    model = parts.build_model(config, geometry, world, dtype)
+    optimizer = Optimizer(
+        model,
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        dtype=dtype,
+        ema_decay=train.ema_decay,
+    )
+    guard = Guard(
+        world.device,
+        stop=train.on_non_finite == "stop",
+        skip_spikes=train.on_spike == "skip",
+        deviations=train.spike_deviations,
+    )
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=train.keep_last, milestone_every=train.milestone_every)
+    keeper = Keeper(
+        checkpoints,
+        world,
+        geometry,
+        optimizer,
+        guard,
+        tokenizer=tokenizer.fingerprint,
+        attempt=begun.attempt,
+        asynchronous=train.async_checkpoints,
+    )
+    stream = parts.token_stream(config, tokenizer, begun.units)
+    held_out = begun.held_out
+    return Parts(
+        config, run, world, geometry, tokenizer, stream, held_out, dtype, model, optimizer, guard, checkpoints, keeper
+    )
+
+
+def _load(ready: Parts, step: int | None) -> loop.Reached:
+    """Put a run where its checkpoint was; at the beginning, where it was stopped before the first one."""
+    if not ready.checkpoints.steps() and step is None:
+        return loop.Reached(0, 0)
+    state = ready.keeper.load(step)
+    ready.stream.restore(state.stream)
+    return loop.Reached(state.step, state.tokens)
+
+
+def _train(ready: Parts, recorder: Recorder, stopping: Stopping, start: loop.Reached) -> loop.Reached:
+    config, world = ready.config, ready.world
+    train, data = config.train, config.data
+    peak = world.first(lambda: gemm_flops_per_s(ready.dtype, world.device))
     settings = loop.LoopSettings(
         steps=train.steps,
+        usual_weight=train.global_batch * data.row_length,
         clip_norm=train.clip_norm,
         log_every=train.log_every,
         checkpoint_every=train.checkpoint_every,
-        flops_per_token=ready.geometry.train_flops_per_token(config.data.row_length),
-        peak_flops_per_s=gemm_flops_per_s(ready.dtype, ready.device),
+        flops_per_token=ready.geometry.train_flops_per_token(data.row_length),
+        peak_flops_per_s=peak * world.size,
     )
     schedule = Schedule(
         train.schedule,
@@ -129,77 +195,111 @@ def _train(
         train.warmup_init_lr,
         train.decay_steps,
     )
-    compiled: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
-    loader = Loader(ready.stream, rows=train.micro_batch, micro_batches=train.global_batch // train.micro_batch)
-    with loader as data:
+    with Loader(
+        ready.stream,
+        global_batch=train.global_batch,
+        rows=train.micro_batch,
+        rank=world.rank,
+        ranks=world.size,
+        workers=data.workers,
+    ) as steps:
         return loop.run(
-            compiled,
-            optimizer,
+            ready.model,
+            ready.optimizer,
             schedule,
-            data,
+            steps,
             loop.pretraining_loss(train.z_loss),
             settings,
             recorder,
-            save=save,
+            world=world,
+            guard=ready.guard,
+            keep=ready.keeper,
             probes=_probes(ready),
-            first_step=checkpoint.step if checkpoint else 0,
-            tokens=checkpoint.state["tokens"] if checkpoint else 0,
+            asked_to_stop=stopping,
+            start=start,
         )
 
 
-def _finish(
-    ready: Parts,
-    run: Path,
-    model: OpenELM,
-    optimizer: Optimizer,
-    checkpoints: Checkpoints,
-    recorder: Recorder,
-    tokens: int,
-) -> dict[str, Any]:
+def _probes(ready: Parts) -> list[loop.Probe]:
+    train, world = ready.config.train, ready.world
+    return [
+        probes.validation(ready.held_out, world, every=train.validate_every, steps=train.steps, rows=train.micro_batch),
+        probes.samples(
+            ready.tokenizer,
+            train.sample_prompts,
+            world,
+            every=train.sample_every,
+            steps=train.steps,
+            max_tokens=train.sample_tokens,
+            seed=ready.config.seed,
+        ),
+        probes.data_account(world, every=train.validate_every, steps=train.steps),
+    ]
+
+
+def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str, Any]:
     """Average the last checkpoints, compare, and write the model folders and summary.json."""
-    train, rows = ready.config.train, ready.config.train.micro_batch
+    config, world, run = ready.config, ready.world, ready.run
+    train, optimizer = config.train, ready.optimizer
     scores: dict[str, float] = {}
-    weights = dict(optimizer.masters)
-    if ready.held_out.rows:
-        scores["last"] = probes.evaluate(model, ready.held_out, rows)["bits_per_byte"]
-    # Not how many there happen to be: a run killed before it deleted the oldest would average one more.
-    count = min(train.average_last, train.keep_last, len(checkpoints.steps()))
-    if count > 1:
-        _write_model(ready, run / "model-last", weights, scores.get("last"), train.steps, tokens)
-        _, weights, steps = average_checkpoints(checkpoints, count)
-        recorder.say(f"averaged the checkpoints of steps {', '.join(map(str, steps))}")
-        model.load_state_dict(weights)
+
+    def score(name: str) -> None:
         if ready.held_out.rows:
-            scores["averaged"] = probes.evaluate(model, ready.held_out, rows)["bits_per_byte"]
-    best = scores.get("averaged", scores.get("last"))
-    _write_model(ready, run / "model", weights, best, train.steps, tokens)
+            scores[name] = probes.evaluate(ready.model, ready.held_out, world, train.micro_batch)["bits_per_byte"]
+
+    def write_model(folder: str, weights: Callable[[], dict[str, Tensor]], name: str) -> None:
+        if world.rank == 0:
+            card = model_card(config, ready.geometry, scores.get(name), reached)
+            _write_model(ready, run / folder, weights(), card)
+
+    def whole(average: Average) -> Callable[[], dict[str, Tensor]]:
+        return lambda: {name: average.read(name) for name in optimizer.shapes}
+
+    name, best = "last", Average(ready.checkpoints, [reached.step])
+    score(name)
+    if train.ema_decay:
+        optimizer.load_weights(optimizer.ema.__getitem__)
+        score("exponential average")
+        kept = lambda: exponential_average(ready.checkpoints, reached.step)[1]  # noqa: E731
+        write_model("model-ema", kept, "exponential average")
+    # Not how many there happen to be: a run killed before it deleted the oldest would average one more.
+    count = min(train.average_last, train.keep_last, len(ready.checkpoints.steps()))
+    if count > 1:
+        write_model("model-last", whole(best), name)
+        name, best = "averaged", Average.of_last(ready.checkpoints, count)
+        recorder.say(f"averaged the checkpoints of steps {', '.join(map(str, best.steps))}")
+    if count > 1 or train.ema_decay:
+        optimizer.load_weights(lambda name: best.read(name, *world.part(optimizer.shapes[name])))
+        score(name)
+    write_model("model", whole(best), name)
+    prompts = train.sample_prompts[:1]
+    texts = probes.write(ready.model, ready.tokenizer, prompts, world, train.sample_tokens, config.seed)
+    world.barrier()
+    if world.rank:
+        return {}
     if ready.held_out.rows:
         scores["order-0 bytes"] = order_0_bits_per_byte(ready.held_out.texts)
         scores["xz -9"] = xz_bits_per_byte(ready.held_out.texts)
     summary: dict[str, Any] = {
         "steps": train.steps,
-        "tokens": tokens,
+        "tokens": reached.tokens,
         "elapsed_s": recorder.elapsed_s,
         "bits_per_byte": scores,
     }
-    if train.sample_prompts:
-        prompt = train.sample_prompts[0]
-        text = probes.write(model, ready.tokenizer, (prompt,), train.sample_tokens, ready.config.seed)[0]
-        summary["sample"] = {"prompt": prompt, "text": text}
+    if prompts:
+        summary["sample"] = {"prompt": prompts[0], "text": texts[0]}
     write_json(run / "summary.json", summary)
     return summary
 
 
-def _write_model(
-    ready: Parts, folder: Path, weights: dict[str, Tensor], bits_per_byte: float | None, steps: int, tokens: int
-) -> None:
-    model = OpenELM(ready.geometry)
-    model.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})
-    card = model_card(ready.config, ready.geometry, bits_per_byte, steps, tokens)
+def _write_model(ready: Parts, folder: Path, weights: dict[str, Tensor], card: str) -> None:
+    with torch.device("meta"):
+        model = OpenELM(ready.geometry)
+    model.load_state_dict(weights, assign=True)
     save_model(model, folder, tokenizer=ready.tokenizer, card=card, overwrite=True)
 
 
-def model_card(config: RunConfig, geometry: ModelConfig, bits_per_byte: float | None, steps: int, tokens: int) -> str:
+def model_card(config: RunConfig, geometry: ModelConfig, bits_per_byte: float | None, reached: loop.Reached) -> str:
     """README.md of a model folder."""
     data = "\n".join(f"- {source.name}: `{source.path}`, share {source.share:g}" for source in config.data.sources)
     score = "not measured" if bits_per_byte is None else f"{bits_per_byte:.3f} bits per byte on held-out text"
@@ -210,8 +310,9 @@ tags: [openelm, layer-wise-scaling]{base}
 ---
 # {config.name}
 
-An OpenELM language model with layer-wise scaling, {geometry.num_parameters():,} parameters, trained for {steps:,} steps
-on {tokens:,} tokens. Licence: to be set by whoever publishes it; it must respect those of the data.
+An OpenELM language model with layer-wise scaling, {geometry.num_parameters():,} parameters, trained for
+{reached.step:,} steps on {reached.tokens:,} tokens. Licence: to be set by whoever publishes it; it must respect those
+of the data.
 
 ## Data
 {data}
@@ -225,103 +326,20 @@ mistakes and prejudices included. Test it for your use before anyone relies on i
 """
 
 
-def _probes(ready: Parts) -> list[loop.Probe]:
-    train = ready.config.train
-    return [
-        probes.validation(ready.held_out, every=train.validate_every, steps=train.steps, rows=train.micro_batch),
-        probes.samples(
-            ready.tokenizer,
-            train.sample_prompts,
-            every=train.sample_every,
-            steps=train.steps,
-            max_tokens=train.sample_tokens,
-            seed=ready.config.seed,
-        ),
-        probes.data_account(every=train.validate_every, steps=train.steps),
-    ]
-
-
-def _model_and_optimizer(ready: Parts) -> tuple[OpenELM, Optimizer]:
-    train = ready.config.train
-    model = parts.build_model(ready.config, ready.geometry, ready.device)
-    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = Optimizer(model.to(ready.dtype), betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-    optimizer.load(masters, {})  # in bf16 the masters keep what the rounding of the model drops
-    return model, optimizer
-
-
-def _load(checkpoints: Checkpoints, ready: Parts, optimizer: Optimizer, step: int | None) -> Checkpoint | None:
-    """Put a run where its checkpoint was; None where it was stopped before the first one."""
-    for folder in (checkpoints.folder.parent, checkpoints.folder, checkpoints.folder.parent / "report"):
-        remove_drafts(folder)
-    if not checkpoints.steps() and step is None:
-        return None
-    checkpoint = checkpoints.load(step)
-    optimizer.load(checkpoint.weights, checkpoint.optimizer)
-    ready.stream.restore(checkpoint.state["stream"])
-    checkpoints.drop_after(checkpoint.step)
-    return checkpoint
-
-
-def _create(run: Path, ready: Parts, resolved: dict[str, Any]) -> None:
-    """Make the run folder, with what it will compute and on what."""
-    geometry = {
-        **ready.geometry.as_dict(),
-        "ffn_dims": list(ready.geometry.ffn_dims),
-        "num_parameters": ready.geometry.num_parameters(),
-    }
-    with whole_folder(run, overwrite=True) as draft:
-        (draft / "checkpoints").mkdir()
-        (draft / "tokenizer").mkdir()
-        ready.tokenizer.save(draft / "tokenizer")
-        write_json(draft / "environment.json", environment())
-        text = yaml.safe_dump({**resolved, "geometry": geometry}, sort_keys=False)
-        (draft / "config.yaml").write_text(text, encoding="utf-8")
-
-
-def _check_same(run: Path, resolved: dict[str, Any]) -> None:
-    """Refuse to go on with a recipe that computes something else, naming each key."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml; start anew with --overwrite")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    before.pop("geometry", None)
-    old, new = _flat(before), _flat(resolved)
-    differing = [
-        key for key in sorted(old.keys() | new.keys()) if key not in FREE_KEYS and old.get(key) != new.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{run} was begun with another recipe: "
-            + ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
-            + ": resume with the same values, or choose another --run"
-        )
-
-
-def _say_what_begins(ready: Parts, recorder: Recorder, step: int) -> None:
-    train, data = ready.config.train, ready.config.data
+def _say_what_begins(ready: Parts, recorder: Recorder, notes: list[str], step: int) -> None:
+    config, world = ready.config, ready.world
+    train, data = config.train, config.data
     if data.held_out and not ready.held_out.rows:
         recorder.say(
             f"no document was held out (data.held_out={data.held_out:g}, decided document by document): nothing is "
             "measured on unseen text; give more documents, or a larger share"
         )
+    if notes:
+        recorder.say(f"other than when the run began, with no effect beyond rounding: {', '.join(notes)}")
     recorder.say(
-        f"{ready.config.name}: {ready.geometry.num_parameters():,} parameters in "
+        f"{config.name}: {ready.geometry.num_parameters():,} parameters in "
         f"{ready.geometry.num_transformer_layers} layers, {train.steps:,} steps of {train.global_batch} rows of "
-        f"{data.row_length} tokens, "
-        f"{str(ready.dtype).removeprefix('torch.')} on {ready.device}" + (f", from step {step}" if step else "")
+        f"{data.row_length} tokens, {str(ready.dtype).removeprefix('torch.')} on "
+        + (f"{world.size} ranks of {world.device.type}" if world.size > 1 else str(world.device))
+        + (f", from step {step}" if step else "")
     )
-
-
-def _as_plain(config: RunConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(config.model_dump_json())
-    return plain
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix.removesuffix("."): data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat

@@ -11,75 +11,98 @@ import torch
 from torch import nn
 
 from openelm.data.held_out import HeldOut
+from openelm.data.loader import Step
+from openelm.data.stream_state import merge_counts
 from openelm.data.tokenizer import Tokenizer
 from openelm.infer.engine import Engine
 from openelm.infer.sampling import Sampling
 from openelm.model.transformer import OpenELM
 from openelm.train.loop import Probe
+from openelm.train.parallel import World, gathered
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 
 
-def validation(held_out: HeldOut, *, every: int, steps: int, rows: int) -> Probe:
+def validation(held_out: HeldOut, world: World, *, every: int, steps: int, rows: int) -> Probe:
     """Held-out loss every ``every`` steps and after the last."""
 
-    def probe(step: int, model: nn.Module, account: dict[str, Any]) -> list[dict[str, Any]]:
+    def probe(step: int, model: nn.Module, data: Step) -> list[dict[str, Any]]:
         if not held_out.rows or (step % every and step != steps):
             return []
-        return [{"kind": "validation", "step": step, **evaluate(model, held_out, rows)}]
+        return [{"kind": "validation", "step": step, **evaluate(model, held_out, world, rows)}]
 
     return probe
 
 
-def evaluate(model: nn.Module, held_out: HeldOut, rows: int) -> dict[str, Any]:
-    """Cross-entropy (nats a token) and bits per byte of the held-out text, ``rows`` rows at a time."""
+def evaluate(model: nn.Module, held_out: HeldOut, world: World, rows: int) -> dict[str, Any]:
+    """Cross-entropy (nats a token) and bits per byte of the held-out text, ``rows`` rows at a time on each rank."""
     device = next(model.parameters()).device
-    nats = 0.0
-    tokens = 0
+    sums = torch.zeros(2, dtype=torch.float64)
+    batches = list(held_out.batches(rows))
     with torch.no_grad():
-        for batch in held_out.batches(rows):
-            nats += float(model(*batch.tensors(device)))
-            tokens += batch.valid_tokens()
+        for turn in range(0, len(batches), world.size):
+            mine = turn + world.rank
+            # All ranks go through a sharded model together: who has nothing left computes a batch that does not count.
+            batch = batches[mine] if mine < len(batches) else batches[turn]
+            nats = float(model(*batch.tensors(device)))
+            if mine < len(batches):
+                sums += torch.tensor([nats, batch.valid_tokens()], dtype=torch.float64)
+    nats, tokens = world.sum_words(sums)
     bytes_ = held_out.bytes
     return {
         "loss": nats / tokens,
         "bits_per_byte": nats / math.log(2) / bytes_,
-        "tokens": tokens,
+        "tokens": int(tokens),
         "bytes": bytes_,
     }
 
 
 def samples(
-    tokenizer: Tokenizer, prompts: tuple[str, ...], *, every: int, steps: int, max_tokens: int, seed: int
+    tokenizer: Tokenizer,
+    prompts: tuple[str, ...],
+    world: World,
+    *,
+    every: int,
+    steps: int,
+    max_tokens: int,
+    seed: int,
 ) -> Probe:
     """A continuation of each prompt every ``every`` steps and after the last, always from the same seed."""
 
-    def probe(step: int, model: nn.Module, account: dict[str, Any]) -> list[dict[str, Any]]:
+    def probe(step: int, model: nn.Module, data: Step) -> list[dict[str, Any]]:
         if not prompts or (step % every and step != steps):
             return []
-        # A compiled model would be compiled again for each length.
-        inner = cast(OpenELM, getattr(model, "_orig_mod", model))
+        texts = write(cast(OpenELM, model), tokenizer, prompts, world, max_tokens, seed)
         return [
             {"kind": "sample", "step": step, "prompt": prompt, "text": text}
-            for prompt, text in zip(prompts, write(inner, tokenizer, prompts, max_tokens, seed), strict=True)
+            for prompt, text in zip(prompts, texts, strict=bool(texts))
         ]
 
     return probe
 
 
-def write(model: OpenELM, tokenizer: Tokenizer, prompts: tuple[str, ...], max_tokens: int, seed: int) -> list[str]:
-    """One continuation of each prompt."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    with _evaluating(model):
+def write(
+    model: OpenELM, tokenizer: Tokenizer, prompts: tuple[str, ...], world: World, max_tokens: int, seed: int
+) -> list[str]:
+    """One continuation of each prompt, on rank 0; the others lend it their weights and get nothing."""
+    if not prompts:
+        return []
+    with gathered(model, world), _evaluating(model):
+        if world.rank:
+            return []
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
         found = Engine(model, tokenizer).generate(ids, max_tokens, SAMPLING, seeds=[seed + i for i in range(len(ids))])
     return [completion.text for completion in found]
 
 
-def data_account(*, every: int, steps: int) -> Probe:
+def data_account(world: World, *, every: int, steps: int) -> Probe:
     """What became of the documents so far."""
 
-    def probe(step: int, model: nn.Module, account: dict[str, Any]) -> list[dict[str, Any]]:
-        return [] if step % every and step != steps else [{"kind": "data", "step": step, **account}]
+    def probe(step: int, model: nn.Module, data: Step) -> list[dict[str, Any]]:
+        if step % every and step != steps:
+            return []
+        parts = world.gather(data.counts())
+        return [{"kind": "data", "step": step, **merge_counts(parts)}] if parts else []
 
     return probe
 
