@@ -31,7 +31,7 @@ demo: runs/demo/summary.json
 
 # A run that was stopped goes on where it was.
 runs/demo/summary.json: | .venv/user
-	$(BIN)/openelm pretrain demo --minutes 4.2 $(if $(wildcard runs/demo/config.yaml),--resume,)
+	$(BIN)/openelm pretrain demo --minutes 4.2 --auto-resume
 
 test: .venv/developer
 	$(BIN)/python -m pytest

@@ -229,3 +229,15 @@ def test_running_mean_follows_a_straight_line_and_passes_over_nan() -> None:
 @pytest.mark.parametrize(("elapsed_s", "text"), [(59.7, "1 min 00 s"), (12, "12 s"), (7500, "2 h 05 min")])
 def test_durations(elapsed_s: float, text: str) -> None:
     assert plots.duration(elapsed_s) == text
+
+
+def test_steps_out_of_the_ordinary_are_listed_wherever_they_stand_in_the_file(tmp_path: Path) -> None:
+    records = metrics()
+    # The host learns of a step some steps later: what was written in between must stay.
+    late = {"kind": "guard", "step": 95, "problem": "spike", "action": "skipped", "loss": 9.125, "grad_norm": "inf"}
+    records.insert([record["step"] for record in records].index(120), late)
+    text = report(write_run(tmp_path / "run", records, SUMMARY))
+    assert re.search(r"95.*spike.*skipped.*9\.125.*inf", text, re.DOTALL)
+    assert "Finished after 300 steps." in text
+    files = read_run(tmp_path / "run")
+    assert [record["step"] for record in files.of_kind("train")] == list(range(10, 301, 10))

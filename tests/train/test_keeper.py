@@ -4,19 +4,21 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from openelm import cli
-from openelm.train.checkpoint import Checkpoints, verify
+from openelm.train import checkpoint
+from openelm.train.checkpoint import Checkpoints, sha256, verify
 
 PROC = Path("/proc")
 needs_proc = pytest.mark.skipif(not PROC.is_dir(), reason="looks for processes in /proc")
@@ -63,10 +65,17 @@ def entries(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "timing"} for entry in found]
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of models and checkpoints, but what says of which settings it came."""
+def contents(run: Path) -> dict[str, str]:
+    """Every file of models and checkpoints, with the checksum of its bytes."""
     files = (file for name in ("model", "model-last", "checkpoints") for file in (run / name).rglob("*"))
-    return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+    return {str(file.relative_to(run)): sha256(file) for file in files if file.is_file()}
+
+
+def assert_same(run: Path, expected: tuple[list[dict[str, Any]], dict[str, str]]) -> None:
+    """Metrics and files are those of another run."""
+    assert entries(run) == expected[0]
+    found = contents(run)
+    assert {name for name in found.keys() | expected[1].keys() if found.get(name) != expected[1].get(name)} == set()
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -85,11 +94,9 @@ def newest(run: Path) -> int:
 def children(pid: int) -> list[int]:
     found = []
     for stat in PROC.glob("[0-9]*/stat"):
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
                 found.append(int(stat.parent.name))
-        except OSError:
-            pass  # it has ended meanwhile
     return found
 
 
@@ -146,7 +153,7 @@ FORMS += [{"async_checkpoints": asynchronous, "workers": 2} for asynchronous in 
 def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole_and_the_end_is_the_same(
     recipe, write_recipe, tmp_path, quick, kills, record_property
 ):
-    """Saves after each step, beside the training or not, data made in a thread or in processes: one run after another."""
+    """Saves after each step, beside the training or not, rows by threads and by processes: one run after another."""
     recipe["train"] |= {"steps": 12 if kills < 10 else 60, "validate_every": 5, "ema_decay": 0.9, "keep_last": 3}
     recipe["train"] |= {"sample_every": 20, "checkpoint_every": 1}
     start_s = time.perf_counter()
@@ -167,8 +174,160 @@ def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole_and_the_end_is_
             longest_s * (1.0 if runs % 2 else 0.7),
             draw,
         )
-        assert (entries(run), contents(run)) == expected, form
+        assert_same(run, expected)
         assert hidden(tmp_path) == [], "no draft is left behind"
         runs += 1
     record_property("kills", killed)
     print(f"{killed} kills in {runs} runs, {time.perf_counter() - start_s:.0f} s")
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [1, pytest.param(20, marks=pytest.mark.slow(reason="twenty starts of two processes, two minutes"))],
+)
+def test_two_ranks_killed_at_random_instants_end_with_the_bits_of_two_left_alone(
+    recipe, write_recipe, tmp_path, quick, kills
+):
+    """Sums of two numbers are the same in either order: the same number of ranks gives the same bits."""
+    recipe["train"] |= {"steps": 12 if kills < 10 else 40, "validate_every": 5, "ema_decay": 0.9, "keep_last": 3}
+    recipe["train"] |= {"checkpoint_every": 1, "sharding": "full", "sample_prompts": [], "timeout_s": 60}
+
+    def start(command: list[str]) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [quick(command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+
+    start_s = time.perf_counter()
+    alone = start(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "alone")])
+    for process in alone:
+        process.join()
+    longest_s = time.perf_counter() - start_s
+    assert [process.exitcode for process in alone] == [0, 0], (tmp_path / "log").read_text()
+    expected = entries(tmp_path / "alone"), contents(tmp_path / "alone")
+    draw, killed, runs = random.Random(kills), 0, 0
+    while killed < kills:
+        run = tmp_path / f"run{runs}"
+        command = ["pretrain", write_recipe(recipe), "--run", str(run), f"train.async_checkpoints={runs % 2 == 0}"]
+        killed += kill_until_done(
+            lambda resume, command=command: start([*command, "--resume"] if resume else command),
+            run,
+            longest_s,
+            draw,
+        )
+        assert_same(run, expected)
+        assert hidden(tmp_path) == [], "no draft is left behind"
+        runs += 1
+    print(f"{killed} kills in {runs} runs, {time.perf_counter() - start_s:.0f} s")
+
+
+def test_saving_beside_the_training_writes_the_same_files_with_the_same_bits(recipe, write_recipe, tmp_path):
+    recipe["train"] |= {"steps": 7, "checkpoint_every": 2, "ema_decay": 0.9, "keep_last": 5}
+    for beside in (True, False):
+        command = ["pretrain", write_recipe(recipe), "--run", str(tmp_path / str(beside))]
+        assert cli.run([*command, f"train.async_checkpoints={beside}"]) == 0
+    beside, waited = tmp_path / "True", tmp_path / "False"
+    assert sorted(p.relative_to(beside) for p in beside.rglob("*")) == sorted(
+        p.relative_to(waited) for p in waited.rglob("*")
+    )
+    assert contents(beside) == contents(waited)
+    assert len(contents(beside)) > 4 * 6
+    assert entries(beside) == entries(waited)
+
+
+def test_an_average_kept_during_training_goes_on_where_it_was(recipe, write_recipe, tmp_path):
+    """Worked out here from the weights behind every step, and the same whether the run went on from a checkpoint."""
+    recipe["train"] |= {"steps": 6, "checkpoint_every": 1, "ema_decay": 0.5, "keep_last": 6, "average_last": 0}
+    run = tmp_path / "run"
+    command = ["pretrain", write_recipe(recipe), "--run", str(run)]
+    assert cli.run(command) == 0
+    expected = contents(run)
+
+    def tensors(step: int, stem: str) -> dict[str, Any]:
+        return load_file(run / "checkpoints" / f"step_{step:08}" / f"{stem}.safetensors")
+
+    name = "layers.1.ffn.proj_2.weight"
+    average = tensors(1, "optimizer")[f"ema.{name}"]
+    for step in range(2, 7):
+        average = average + 0.5 * (tensors(step, "model")[f"transformer.{name}"] - average)
+        assert average.allclose(tensors(step, "optimizer")[f"ema.{name}"], rtol=1e-6, atol=1e-8)
+    assert cli.run([*command, "--resume-step", "3"]) == 0
+    assert contents(run) == expected
+
+
+# A disk that fills up
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the system refuse files beyond a size: the same path through the code as a disk that is full."""
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "config.json"])
+def test_no_room_for_a_checkpoint_ends_the_run_by_name_and_it_goes_on_when_there_is(
+    recipe, write_recipe, tmp_path, capsys, monkeypatch, beside, name
+):
+    """Whichever file is the first that finds no room; the older checkpoints stay whole."""
+    recipe["train"] |= {"checkpoint_every": 2, "average_last": 0, "validate_every": 100, "sample_prompts": []}
+    recipe["train"] |= {"async_checkpoints": beside, "log_every": 8}
+    run = tmp_path / "run"
+    command = ["pretrain", write_recipe(recipe), "--run", str(run)]
+    assert cli.run(command) == 0
+    expected = entries(run), contents(run)
+    for step in (6, 8):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08}")
+    shutil.rmtree(run / "model")
+    room = (run / "checkpoints" / "step_00000004" / name).stat().st_size - 1
+    write = checkpoint.Checkpoints.write_part
+
+    def fills_up(*arguments: Any) -> None:  # only then: metrics.jsonl may be longer than the smallest file
+        with largest_file(room):
+            write(*arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "write_part", fills_up)
+        assert cli.run([*command, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: no space left for {run / 'checkpoints' / 'step_00000006'}" in error
+    assert newest(run) == 4
+    assert hidden(tmp_path) == []
+    assert cli.run([*command, "--resume"]) == 0
+    assert_same(run, expected)
+
+
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("beside", [True, False])
+def test_no_room_on_one_rank_ends_all_with_its_words_and_nothing_is_left(
+    recipe, write_recipe, start_ranks, tmp_path, rank, beside
+):
+    """One rank's disk is full: the others, who are still writing there, must not end with words of their own."""
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    recipe["train"] |= {"steps": 5000, "checkpoint_every": 2, "average_last": 0, "validate_every": 10_000}
+    recipe["train"] |= {"sample_prompts": [], "async_checkpoints": beside, "sharding": "full", "timeout_s": 30}
+    run = tmp_path / "run"
+    command = ["pretrain", write_recipe(recipe), "--run", str(run), "train.log_every=5000"]
+    processes = start_ranks(2, command)
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/step_*")):
+        assert time.monotonic() < deadline and all(p.is_alive() for p in processes)
+        time.sleep(0.02)
+    resource.prlimit(processes[rank].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    for process in processes:
+        process.join(60)
+    said = [(tmp_path / f"rank_{number}.log").read_text() for number in range(2)]
+    assert [process.exitcode for process in processes] == [2, 2], said
+    assert f"error: no space left for {run / 'checkpoints'}/step_" in said[rank]
+    assert "error:" not in said[1 - rank] and "Traceback" not in "".join(said)
+    assert newest(run) > 0
+    assert hidden(tmp_path) == []

@@ -27,6 +27,7 @@ from openelm.report.run_files import (
 )
 
 MAX_SAMPLES = 40
+MAX_EVENTS = 40
 # What becomes of a document, one of these; the account holds other counts too.
 FATES = ("kept", "too_few_characters", "too_few_tokens", "undecodable", "held_out")
 
@@ -241,6 +242,8 @@ def _data(files: RunFiles) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -262,7 +265,15 @@ def _training(files: RunFiles, folder: Path) -> str:
             figures.append(plots.embed(folder, key, partial(plots.draw_curve, curve), alt))
     waited_s, spent_s = (sum(finite(column(timed, key))) for key in ("data_wait_s", "step_s"))
     note = f"Waiting for data took {waited_s / spent_s:.2%} of the step time." if spent_s else ""
-    return _part("Optimisation", note, _plots(figures, "small")) if figures else ""
+    body = _plots(figures, "small")
+    if events := files.of_kind("guard"):
+        rows = [
+            [f"{event['step']:,}", *(_shown(event.get(key, "")) for key in ("problem", "action", "loss", "grad_norm"))]
+            for event in events[-MAX_EVENTS:]
+        ]
+        table = _table(rows, ["step", "out of the ordinary", "the update was", "loss", "gradient norm"], "counts")
+        body += f'<div class="card">{table}</div>'
+    return _part("Optimisation", note, body) if figures else ""
 
 
 def _folded(files: RunFiles) -> str:

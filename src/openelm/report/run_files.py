@@ -76,9 +76,9 @@ def read_metrics(text: str) -> list[Record]:
         step, kind = record.get("step"), record.get("kind")
         if not isinstance(step, int) or not isinstance(kind, str):
             continue
-        if step < newest:
+        if step < newest and kind != "guard":  # which is found out some steps later
             records = {key: old for key, old in records.items() if key[0] <= step}
-        newest = step
+        newest = max(step, newest) if kind == "guard" else step
         records[step, kind, str(record.get("prompt"))] = record
     return list(records.values())
 

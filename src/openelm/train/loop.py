@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openelm.data.loader import Step
-from openelm.errors import UserError
+from openelm.errors import Stopped, UserError
 from openelm.train.allocator import keep_freed_memory
 from openelm.train.guard import Event, Guard
 from openelm.train.metrics import peak_memory_bytes
@@ -109,7 +109,8 @@ def run(
 
         # Sums over all ranks: each replica has its gradients whole, so they count in part. The host waits for nothing.
         squares = optimizer.squares() / world.replicas
-        totals = world.sum_(torch.stack([squares, squares.new_tensor(weight), *(v.to(squares) for v in sums.values())]))
+        figures = [squares, squares.new_full((), weight), *(value.to(squares) for value in sums.values())]
+        totals = world.sum_(torch.stack(figures))
         scale = totals[1] / settings.usual_weight
         norm, loss = totals[0].sqrt() / scale, totals[2] / totals[1]
         skip = guard.judge(step + 1, loss, norm, chunk)
@@ -127,18 +128,16 @@ def run(
         saves = ends or done % settings.checkpoint_every == 0
         logs = ends or done % settings.log_every == 0
         if logs:
-            figures = dict(zip(sums, (totals[2:] / totals[1]).tolist(), strict=True))
+            means = dict(zip(sums, (totals[2:] / totals[1]).tolist(), strict=True))
         span.add(all_weight, time.perf_counter() - start_s, chunk.wait_s)
         if logs or saves or guard.pending >= EXAMINE_EVERY:
-            _examine(guard, recorder)
+            _examine(guard, recorder, world)
         if logs:
-            entry = {"step": done, **figures, "grad_norm": norm.item(), "lr": lr, "tokens": tokens}
+            entry = {"step": done, **means, "grad_norm": norm.item(), "lr": lr, "tokens": tokens}
             recorder.train(entry, span.end(settings))
         for probe in probes:
-            if found := probe(done, model, chunk):
-                _examine(guard, recorder)  # what is recorded goes by step
-            for entry in found:
-                recorder.write(entry)
+            for found in probe(done, model, chunk):
+                recorder.write(found)
         if saves:
             keep.save(done, tokens, chunk)
         if stops:
@@ -184,9 +183,11 @@ class _Span:
         return found
 
 
-def _examine(guard: Guard, recorder: Record) -> None:
+def _examine(guard: Guard, recorder: Record, world: World) -> None:
     for event in guard.examine():
         recorder.event(event)
+        if event.action == "stopped" and world.rank:
+            raise Stopped("", 2)  # all ranks see the same; the first says so
         if event.action == "stopped":
             raise UserError(
                 f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}: not finite, so the update was "

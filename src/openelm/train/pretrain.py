@@ -117,7 +117,9 @@ def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Be
         for folder in (run, run / "checkpoints", run / "report"):
             remove_drafts(folder)
         # What was copied since has other times: written down, so that the next resume need not read it again.
-        write_json(run / DATA, compare(json.loads((run / DATA).read_text(encoding="utf-8")), by_name))
+        saved = json.loads((run / DATA).read_text(encoding="utf-8"))
+        if (found := compare(saved, by_name)) != saved:
+            write_json(run / DATA, found)
     else:
         parts.token_stream(config, tokenizer, units).next_row()  # nothing left after filtering is said here
         create(run, config, geometry, tokenizer, fingerprint(by_name))
