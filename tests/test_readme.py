@@ -1,7 +1,10 @@
 """Every command and every line of Python in the README runs, shortened where it is long."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,26 @@ def test_command_runs(
     assert cli.run(shortened(command)) == 0
     captured = capsys.readouterr()
     assert (captured.out + captured.err).strip()
+
+
+@pytest.mark.parametrize("command", re.findall(r"`(torchrun [^`]+)`", README))
+def test_a_command_for_several_ranks_runs(command: str, folder: Path) -> None:
+    words = shlex.split(command)
+    at = words.index("openelm")
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *words[1:at],
+        "openelm",
+        *shortened(shlex.join(words[at:])),
+    ]
+    # Ports of the machine's own choosing.
+    program.insert(3, "--standalone")
+    environment = {**os.environ, "OPENELM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert " on 2 ranks of cpu" in done.stderr
 
 
 def test_python_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

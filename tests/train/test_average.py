@@ -6,7 +6,7 @@ import torch
 from openelm.errors import UserError
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
-from openelm.train.average import Average, average_checkpoints, exponential_average, newest_in_a_row
+from openelm.train.average import Average, exponential_average, newest, newest_in_a_row
 from openelm.train.checkpoint import Checkpoint, Checkpoints
 
 CONFIG = ModelConfig(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, vocab_size=20)
@@ -20,6 +20,12 @@ def weights_of(seed: int, config: ModelConfig = CONFIG) -> dict[str, torch.Tenso
 
 def save(checkpoints: Checkpoints, step: int, config: ModelConfig = CONFIG) -> None:
     checkpoints.save(config, Checkpoint(step, weights_of(step, config), {}, {}))
+
+
+def average_checkpoints(checkpoints, last):
+    """(geometry, mean weights, steps) of the newest checkpoints."""
+    average = Average(checkpoints, newest(checkpoints, checkpoints.steps(), last))
+    return average.config, average.weights(), average.steps
 
 
 @pytest.fixture

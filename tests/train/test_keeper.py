@@ -17,10 +17,15 @@ import pytest
 from safetensors.torch import load_file
 
 from openelm import cli
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM
 from openelm.train import checkpoint
 from openelm.train.checkpoint import Checkpoints, sha256, verify
 
 PROC = Path("/proc")
+CONFIG = ModelConfig(
+    model_dim=32, num_transformer_layers=1, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=8
+)
 needs_proc = pytest.mark.skipif(not PROC.is_dir(), reason="looks for processes in /proc")
 
 
@@ -67,7 +72,7 @@ def entries(run: Path) -> list[dict[str, Any]]:
 
 def contents(run: Path) -> dict[str, str]:
     """Every file of models and checkpoints, with the checksum of its bytes."""
-    files = (file for name in ("model", "model-last", "checkpoints") for file in (run / name).rglob("*"))
+    files = (file for name in ("model", "model-last", "model-ema", "checkpoints") for file in (run / name).rglob("*"))
     return {str(file.relative_to(run)): sha256(file) for file in files if file.is_file()}
 
 
@@ -154,7 +159,7 @@ def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole_and_the_end_is_
     recipe, write_recipe, tmp_path, quick, kills, record_property
 ):
     """Saves after each step, beside the training or not, rows by threads and by processes: one run after another."""
-    recipe["train"] |= {"steps": 12 if kills < 10 else 60, "validate_every": 5, "ema_decay": 0.9, "keep_last": 3}
+    recipe["train"] |= {"steps": 12 if kills < 10 else 120, "validate_every": 5, "ema_decay": 0.9, "keep_last": 3}
     recipe["train"] |= {"sample_every": 20, "checkpoint_every": 1}
     start_s = time.perf_counter()
     alone = quick(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "alone")])
@@ -171,7 +176,7 @@ def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole_and_the_end_is_
         killed += kill_until_done(
             lambda resume, command=command: [quick([*command, "--resume"] if resume else command)],
             run,
-            longest_s * (1.0 if runs % 2 else 0.7),
+            longest_s * (0.8 if kills < 10 else 0.5),
             draw,
         )
         assert_same(run, expected)
@@ -254,6 +259,33 @@ def test_an_average_kept_during_training_goes_on_where_it_was(recipe, write_reci
         assert average.allclose(tensors(step, "optimizer")[f"ema.{name}"], rtol=1e-6, atol=1e-8)
     assert cli.run([*command, "--resume-step", "3"]) == 0
     assert contents(run) == expected
+
+
+@pytest.mark.parametrize("stops", [[14], [13, 14], [4, 7, 14], [16, 17], [8], [19]])
+def test_what_is_kept_does_not_tell_how_often_the_run_was_stopped(tmp_path, stops):
+    """A checkpoint every third step, one at the last, and one where the run was stopped."""
+
+    def kept(folder: Path, steps: set[int]) -> list[int]:
+        checkpoints = checkpoint.Checkpoints(folder, keep_last=3, milestone_every=9, every=3)
+        for step in sorted(steps):
+            checkpoints.save(CONFIG, checkpoint.Checkpoint(step, weights, {}, {}))
+            assert checkpoints.steps()[-1] == step, "the newest stays until the next one is there"
+        return checkpoints.steps()
+
+    weights = OpenELM(CONFIG).state_dict()
+    due = {*range(3, 20, 3), 20}
+    assert kept(tmp_path / "stopped", due | set(stops)) == kept(tmp_path / "alone", due) == [9, 15, 18, 20]
+
+
+def test_a_run_killed_before_it_deleted_the_oldest_checkpoint_deletes_it_when_it_goes_on(
+    recipe, write_recipe, tmp_path
+):
+    run = tmp_path / "run"
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(run)]) == 0
+    expected = entries(run), contents(run)
+    shutil.copytree(run / "checkpoints" / "step_00000004", run / "checkpoints" / "step_00000002")
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(run), "--resume"]) == 0
+    assert_same(run, expected)
 
 
 # A disk that fills up

@@ -25,7 +25,7 @@ from openelm.model.folder import load_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 from openelm.train import checkpoint as checkpoint_module
-from openelm.train.average import average_checkpoints
+from openelm.train.average import Average
 from openelm.train.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -161,7 +161,8 @@ def test_the_mean_is_read_from_checkpoints_of_different_ranks(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=5)
     for step, ranks in ((5, 1), (10, 4), (15, 3)):
         write(checkpoints, step, ranks)
-    _, mean, steps = average_checkpoints(checkpoints, 3)
+    average = Average(checkpoints, checkpoints.steps()[-3:])
+    mean, steps = average.weights(), average.steps
     assert steps == [5, 10, 15]
     for name, tensor in mean.items():
         each = torch.stack([make(step).weights[name].double() for step in steps])

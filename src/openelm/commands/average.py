@@ -66,13 +66,12 @@ def run(args: argparse.Namespace) -> int:
     from openelm.files import whole_folder
     from openelm.model.folder import DTYPES, write_model
     from openelm.train.average import Average, exponential_average
-    from openelm.train.checkpoint import model_shapes
 
     if args.ema:
         config, weights = exponential_average(checkpoints, steps[-1])
     else:
         average = Average(checkpoints, steps)
-        config, weights = average.config, {name: average.read(name) for name in model_shapes(average.config)}
+        config, weights = average.config, average.weights()
     tokenizer = find_tokenizer(folder)
     with whole_folder(out, overwrite=args.overwrite) as draft:
         write_model(draft, config, weights, DTYPES[args.dtype])

@@ -28,11 +28,6 @@ class Average:
         for opened in self._opened:
             check_geometry(self.config, opened.path)
 
-    @classmethod
-    def of_last(cls, checkpoints: Checkpoints, last: int, *, share: tuple[int, int] = (0, 1)) -> Average:
-        """Of the newest ``last``; UserError where there are fewer."""
-        return cls(checkpoints, newest(checkpoints, checkpoints.steps(), last), share=share)
-
     def read(self, name: str, first_row: int = 0, rows: int | None = None) -> Tensor:
         """Rows of a mean weight in fp32; summed in fp64."""
         total: Tensor | None = None
@@ -42,11 +37,9 @@ class Average:
         assert total is not None
         return total.div_(len(self._opened)).float()
 
-
-def average_checkpoints(checkpoints: Checkpoints, last: int) -> tuple[ModelConfig, dict[str, Tensor], list[int]]:
-    """(geometry, fp32 mean weights, steps averaged) of the newest ``last`` checkpoints, each verified first."""
-    average = Average.of_last(checkpoints, last)
-    return average.config, {name: average.read(name) for name in model_shapes(average.config)}, average.steps
+    def weights(self) -> dict[str, Tensor]:
+        """All mean weights by their names inside the package."""
+        return {name: self.read(name) for name in model_shapes(self.config)}
 
 
 def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -111,15 +111,24 @@ class Opened:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last ``keep_last``, and every ``milestone_every``-th step for good."""
+    """The checkpoints of one run: the last ``keep_last``, and every ``milestone_every``-th step for good.
 
-    def __init__(self, folder: Path, *, keep_last: int, milestone_every: int = 0) -> None:
-        self.folder, self.keep_last, self.milestone_every = folder, keep_last, milestone_every
+    One that is not due, at no multiple of ``every``, is there because the run was stopped: it goes with the next one,
+    so that what is kept and averaged in the end does not tell how often that was.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, milestone_every: int = 0, every: int = 1) -> None:
+        self.folder, self.keep_last, self.milestone_every, self.every = folder, keep_last, milestone_every, every
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
         names = (path.name for path in self.folder.glob("step_*") if path.is_dir())
         return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
+
+    def due(self) -> list[int]:
+        """Those of ``steps`` that a run never stopped would have: multiples of ``every``, and the newest."""
+        steps = self.steps()
+        return [step for step in steps if step % self.every == 0 or step == steps[-1]]
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` stands."""
@@ -180,9 +189,7 @@ class Checkpoints:
                     (draft / _sums_name(rank)).unlink()
                 sync(draft)
                 put_in_place(draft, path)
-                for old in self.steps()[: -self.keep_last]:
-                    if not self.milestone_every or old % self.milestone_every:
-                        remove_folder(self.path(old))
+                self.drop_old()
         finally:
             self.discard(step, attempt)
         return path
@@ -222,6 +229,13 @@ class Checkpoints:
         """Delete checkpoints newer than ``step``: a run that goes on from an older one will write them again."""
         for newer in [s for s in self.steps() if s > step]:
             remove_folder(self.path(newer))
+
+    def drop_old(self) -> None:
+        """Delete those no longer kept: after each new one, and where a run goes on that was killed before it had."""
+        kept = self.due()[-self.keep_last :]
+        for old in self.steps():
+            if old not in kept and (not self.milestone_every or old % self.milestone_every):
+                remove_folder(self.path(old))
 
     def _draft(self, step: int, attempt: str) -> Path:
         return self.folder / f".{self.path(step).name}.tmp-part-{attempt}"

@@ -118,6 +118,7 @@ class Keeper:
         opened.restore_random_state()
         if world.rank == 0:
             self._checkpoints.drop_after(opened.step)
+            self._checkpoints.drop_old()
         return Restored(opened.step, states[0]["tokens"], merge_states([state["stream"] for state in states]))
 
     def _weights(self) -> dict[str, Slice]:

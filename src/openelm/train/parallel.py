@@ -30,9 +30,10 @@ from openelm.model.transformer import Checkpointing, OpenELM
 T = TypeVar("T")
 # What torch.distributed says, in words of its own, when another rank is gone or does not answer.
 _LOST = ("connection", "timed out", "timeout", "nccl", "socket", "broken pipe", "peer")
-
 # How long the ranks that are left listen for each other before they say who is not.
 LOST_S = 3.0
+# How long rank 0 may be alone at work: listing a million files, training a tokenizer.
+ALONE = timedelta(hours=6)
 
 
 class World:
@@ -51,6 +52,7 @@ class World:
         self.shard, self.replica = self.rank % self.shards, self.rank // self.shards
         self.device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
         self._timeout_s = timeout_s
+        self._turns = 0
         if self.size == 1:
             return
         if self.shards * self.replicas != self.size:
@@ -70,7 +72,8 @@ class World:
         """The sums of some whole numbers over all ranks. Whoever waits here for a rank that is gone names it."""
         if self.size == 1:
             return list(values)
-        self._store.set(f"openelm/at/{self.rank}", f"step {step + 1} on {socket.gethostname()}")
+        if step >= 0:  # what is agreed on between steps leaves the last one standing
+            self._store.set(f"openelm/at/{self.rank}", f"step {step + 1} on {socket.gethostname()}")
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor)
         return [int(value) for value in tensor]
@@ -107,6 +110,10 @@ class World:
                 answer, error = [None, 2 if isinstance(refusal, UserError) else refusal.code], refusal
             except Exception as failure:
                 answer, error = [None, 1], failure
+        # Waited for at the store, where patience is not limited by the time that a step may take.
+        self._turns += 1
+        turn = f"openelm/first/{self._turns}"
+        self._store.set(turn, "") if self.rank == 0 else self._store.wait([turn], ALONE)
         dist.broadcast_object_list(answer)
         if error:
             raise error

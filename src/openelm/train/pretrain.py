@@ -26,7 +26,7 @@ from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.train import loop, parts, probes
-from openelm.train.average import Average, exponential_average
+from openelm.train.average import Average
 from openelm.train.checkpoint import Checkpoints
 from openelm.train.guard import Guard
 from openelm.train.keeper import Keeper
@@ -148,7 +148,12 @@ def _assemble(config: RunConfig, run: Path, world: World, begun: Begun) -> Parts
         skip_spikes=train.on_spike == "skip",
         deviations=train.spike_deviations,
     )
-    checkpoints = Checkpoints(run / "checkpoints", keep_last=train.keep_last, milestone_every=train.milestone_every)
+    checkpoints = Checkpoints(
+        run / "checkpoints",
+        keep_last=train.keep_last,
+        milestone_every=train.milestone_every,
+        every=train.checkpoint_every,
+    )
     keeper = Keeper(
         checkpoints,
         world,
@@ -249,31 +254,30 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
         if ready.held_out.rows:
             scores[name] = probes.evaluate(ready.model, ready.held_out, world, train.micro_batch)["bits_per_byte"]
 
-    def write_model(folder: str, weights: Callable[[], dict[str, Tensor]], name: str) -> None:
-        if world.rank == 0:
-            card = model_card(config, ready.geometry, scores.get(name), reached)
-            _write_model(ready, run / folder, weights(), card)
+    def write_model(folder: str, read: Callable[[str], Tensor], name: str) -> None:
+        """On rank 0, which needs no other for it: checkpoints are files."""
+        card = model_card(config, ready.geometry, scores.get(name), reached)
+        world.first(lambda: _write_model(ready, run / folder, {key: read(key) for key in optimizer.shapes}, card))
 
-    def whole(average: Average) -> Callable[[], dict[str, Tensor]]:
-        return lambda: {name: average.read(name) for name in optimizer.shapes}
+    def average(steps: list[int]) -> Average:
+        return world.each(lambda: Average(ready.checkpoints, steps, share=(world.rank, world.size)))
 
-    name, best = "last", Average(ready.checkpoints, [reached.step])
+    name, best = "last", average([reached.step])
     score(name)
     if train.ema_decay:
         optimizer.load_weights(optimizer.ema.__getitem__)
         score("exponential average")
-        kept = lambda: exponential_average(ready.checkpoints, reached.step)[1]  # noqa: E731
-        write_model("model-ema", kept, "exponential average")
-    # Not how many there happen to be: a run killed before it deleted the oldest would average one more.
-    count = min(train.average_last, train.keep_last, len(ready.checkpoints.steps()))
-    if count > 1:
-        write_model("model-last", whole(best), name)
-        name, best = "averaged", Average.of_last(ready.checkpoints, count)
+        kept = world.each(lambda: ready.checkpoints.open(reached.step, share=(world.rank, world.size)))
+        write_model("model-ema", lambda key: kept.read_optimizer(f"ema.{key}"), "exponential average")
+    steps = ready.checkpoints.due()[-min(train.average_last, train.keep_last) :] if train.average_last else []
+    if len(steps) > 1:
+        write_model("model-last", best.read, name)
+        name, best = "averaged", average(steps)
         recorder.say(f"averaged the checkpoints of steps {', '.join(map(str, best.steps))}")
-    if count > 1 or train.ema_decay:
-        optimizer.load_weights(lambda name: best.read(name, *world.part(optimizer.shapes[name])))
+    if len(steps) > 1 or train.ema_decay:
+        optimizer.load_weights(lambda key: best.read(key, *world.part(optimizer.shapes[key])))
         score(name)
-    write_model("model", whole(best), name)
+    write_model("model", best.read, name)
     prompts = train.sample_prompts[:1]
     texts = probes.write(ready.model, ready.tokenizer, prompts, world, train.sample_tokens, config.seed)
     world.barrier()
