@@ -20,13 +20,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}" # for the case that it gets them directly
 
-# `--`, or torchrun takes --run for an option of its own.
-torchrun -m -- openelm pretrain "$@" --auto-resume &
+# `--`, or torchrun takes --run for an option of its own. A closed terminal (HUP) is for this script to answer.
+(trap '' HUP && exec torchrun -m -- openelm pretrain "$@" --auto-resume) &
 torchrun=$!
 
 # torchrun knows one way to stop: it passes the signal on, waits for the ranks, and leaves with 1.
 asked=
-trap 'asked=yes; kill -TERM "$torchrun" 2>/dev/null' TERM USR1
+trap 'asked=yes; kill -TERM "$torchrun" 2>/dev/null' TERM USR1 HUP
 trap 'asked=yes' INT # the terminal has sent it to torchrun too
 while :; do # a signal ends `wait`, not torchrun
     wait "$torchrun"

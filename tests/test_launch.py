@@ -165,25 +165,24 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    return [child for parent, child in pairs if parent == pid]
+
+
 def below(pid: int) -> list[int]:
     """All processes that descend from one, parents first."""
-    listed = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
-    children: dict[int, list[int]] = {}
-    for line in listed.splitlines():
-        parent, child = map(int, line.split())
-        children.setdefault(parent, []).append(child)
     found = [pid]
     for one in found:
-        found += children.get(one, [])
+        found += children_of(one)
     return found[1:]
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
     """The ranks that a torchrun.sh has started, which are the children of its only child."""
-    listed = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    [torchrun] = [child for parent, child in pairs if parent == process.pid]
-    return [child for parent, child in pairs if parent == torchrun]
+    [torchrun] = children_of(process.pid)
+    return children_of(torchrun)
 
 
 def wait_for(there: Callable[[], Any], logs: Path) -> None:
@@ -308,16 +307,17 @@ SIX_STARTS = "starts torch six times and more, half a minute"
 
 
 @pytest.mark.slow(reason=SIX_STARTS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_that_is_asked_to_stop_leaves_with_75_and_goes_on(long_recipe, start, tmp_path, number) -> None:
-    """SIGTERM goes to the script alone; SIGUSR1 to every process, as some clusters send it."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_torchrun_that_is_asked_to_stop_leaves_with_75_and_goes_on(long_recipe, start, tmp_path, name) -> None:
+    """SIGTERM to the script alone, SIGUSR1 to every process as some clusters send it, SIGHUP as a terminal does."""
     file, run = long_recipe(200), tmp_path / "run"
     for stop in (True, False):
         process = start("node", "torchrun.sh", [file, "--run", str(run)], {"PET_NPROC_PER_NODE": "2"})
         if stop:
             wait_for(has_checkpoint(run), tmp_path)
-            for pid in [process.pid, *(below(process.pid) if number == signal.SIGUSR1 else [])]:
-                os.kill(pid, number)
+            others = {"SIGTERM": [], "SIGUSR1": below(process.pid), "SIGHUP": children_of(process.pid)}[name]
+            for pid in [process.pid, *others]:
+                os.kill(pid, getattr(signal, name))
         assert ends(process, tmp_path) == (75 if stop else 0), said(tmp_path)
     check_equal(run, tmp_path / "alone")
 

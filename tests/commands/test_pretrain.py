@@ -36,7 +36,7 @@ def test_minutes_choose_the_steps_and_a_resume_keeps_them(
     ("words", "said"),
     [
         (["--minutes", "0"], "--minutes 0 must be more than 0"),
-        (["--resume", "--overwrite"], "give one of the two"),
+        (["--resume", "--overwrite"], "give one of them"),
         (["--resume"], "there is nothing to resume"),
     ],
 )
@@ -101,3 +101,16 @@ def test_nothing_held_out_is_said(
     recipe["data"]["held_out"] = 1e-9
     assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 0
     assert "no document was held out (data.held_out=1e-09" in capsys.readouterr().err
+
+
+def test_under_a_torchrun_that_restarts_nothing_is_deleted_and_the_run_goes_on(
+    recipe, write_recipe, tmp_path, capsys, monkeypatch
+):
+    command = ["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert cli.run(command) == 0
+    made = (tmp_path / "run" / "environment.json").stat().st_mtime_ns
+    assert cli.run([*command, "--overwrite"]) == 2
+    assert "would delete the run at each restart" in capsys.readouterr().err
+    assert cli.run(command) == 0
+    assert (tmp_path / "run" / "environment.json").stat().st_mtime_ns == made

@@ -1,12 +1,13 @@
 """Rows: every id is a target exactly once, no BOS is, and padding counts nothing."""
 
+import json
 import random
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from openelm.data.packing import IGNORE, Ids, Packing
+from openelm.data.packing import IGNORE, Batch, Ids, Packing
 
 BOS, EOS = 1, 2
 EMPTY: Ids = np.empty(0, dtype=np.int32)
@@ -94,3 +95,14 @@ def test_a_batch_as_tensors_holds_the_same_numbers() -> None:
     tokens, targets, segments = batch.tensors("cpu")
     assert tokens.tolist() == batch.tokens.tolist() and targets.tolist() == batch.targets.tolist()
     assert segments is not None and batch.segments is not None and segments.tolist() == batch.segments.tolist()
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_batch_comes_back_from_its_plain_form(separate: bool) -> None:
+    packing = Packing(row_length=4, separate_pieces=separate)
+    batch = packing.batch([np.array([1, 5, 6, 1, 7]), np.array([1, 8, 9])], bos_id=1)
+    again = Batch.from_plain(json.loads(json.dumps(batch.as_plain())))
+    for name in ("tokens", "targets", "segments"):
+        one, other = getattr(batch, name), getattr(again, name)
+        assert (one is None) == (other is None) == (name == "segments" and not separate)
+        assert one is None or (one.dtype == other.dtype and np.array_equal(one, other))

@@ -21,6 +21,7 @@ from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.train import checkpoint
 from openelm.train.checkpoint import Checkpoints, sha256, verify
+from openelm.train.optim import Optimizer
 
 PROC = Path("/proc")
 CONFIG = ModelConfig(
@@ -286,6 +287,32 @@ def test_a_run_killed_before_it_deleted_the_oldest_checkpoint_deletes_it_when_it
     shutil.copytree(run / "checkpoints" / "step_00000004", run / "checkpoints" / "step_00000002")
     assert cli.run(["pretrain", write_recipe(recipe), "--run", str(run), "--resume"]) == 0
     assert_same(run, expected)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [pytest.param(True, marks=pytest.mark.xfail(reason="pretrain() does not call Keeper.leave yet")), False],
+)
+def test_an_error_does_not_cost_the_checkpoint_that_is_being_written(
+    recipe, write_recipe, tmp_path, monkeypatch, capsys, beside
+):
+    recipe["train"] |= {"checkpoint_every": 4, "async_checkpoints": beside}
+    write, squares, steps = checkpoint.Checkpoints.write_part, Optimizer.squares, []
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    def infinite_at_5(self: Optimizer) -> Any:
+        steps.append(len(steps) + 1)
+        return squares(self) * (float("inf") if steps[-1] == 5 else 1)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "write_part", slowly)
+    monkeypatch.setattr(Optimizer, "squares", infinite_at_5)
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 2
+    assert "step 5: loss" in capsys.readouterr().err
+    assert newest(tmp_path / "run") == 4
+    assert hidden(tmp_path) == []
 
 
 # A disk that fills up

@@ -77,13 +77,15 @@ def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:
     )
     counted = times.tokens_per_s[bench.warmup :]
     roof = max(gemms)
-    median = statistics.median(counted)
+    median, median_s = statistics.median(counted), statistics.median(times.step_s[bench.warmup :])
     return {
         "parameters": config.num_parameters(),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "compiled": bench.compile,
+        "compile_s": max(0.0, times.step_s[0] - median_s) if bench.compile else 0.0,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if bench.compile else 0,
         "tokens_per_step": tokens_per_step,
         "tokens_per_s": median,
         "tokens_per_s_all": counted,
@@ -102,9 +104,11 @@ class _Times:
 
     def __init__(self) -> None:
         self.tokens_per_s: list[float] = []
+        self.step_s: list[float] = []
 
     def train(self, entry: dict[str, Any], timing: dict[str, Any]) -> None:
         self.tokens_per_s.append(timing["tokens_per_s"])
+        self.step_s.append(timing["step_s"])
 
     def write(self, entry: dict[str, Any]) -> None:
         pass

@@ -46,14 +46,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     folder = Path(args.run or Path("runs") / config.name)
     resume: bool | None = args.resume or args.resume_step is not None
-    if resume and args.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
-    if args.auto_resume and args.overwrite:
-        raise UserError("--auto-resume goes on with a run, --overwrite deletes it: give one of the two")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if args.overwrite and (resume or args.auto_resume):
+        raise UserError("--resume and --auto-resume go on with a run, --overwrite deletes it: give one of them")
+    if args.overwrite and restarts:
+        raise UserError("--overwrite with torchrun --max-restarts would delete the run at each restart: leave one out")
     if args.minutes is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--minutes tries three steps on one rank: with more, set train.steps=…")
-    if not resume and (args.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
-        resume = None  # as there is a run or not; torchrun starts all ranks again when one has failed
+    if not resume and (args.auto_resume or restarts):
+        resume = None  # as there is a run or not: a rank cannot tell whether torchrun has started it before
     goes_on = (folder / "config.yaml").is_file() if resume is None else resume
     steps = None
     if goes_on and not any(override.startswith("train.steps=") for override in args.overrides):
@@ -66,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(config, folder, as_json=args.json)
     from openelm.train.pretrain import pretrain
 
-    overwrite = args.overwrite and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=overwrite)
+    summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
     if not summary:
         return 0  # rank 0 says the rest
     try:

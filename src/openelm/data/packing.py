@@ -42,6 +42,16 @@ class Batch:
 
         return there(self.tokens), there(self.targets), None if self.segments is None else there(self.segments)
 
+    def as_plain(self) -> dict[str, list[list[int]]]:
+        """The arrays as lists, for a file."""
+        arrays = {"tokens": self.tokens, "targets": self.targets, "segments": self.segments}
+        return {name: array.tolist() for name, array in arrays.items() if array is not None}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, list[list[int]]]) -> Batch:
+        """The batch that ``as_plain`` gave."""
+        return cls(**{name: np.array(rows, dtype=np.int64) for name, rows in plain.items()})
+
     def valid_tokens(self) -> int:
         """Targets that count."""
         return int((self.targets != IGNORE).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,15 @@ class Keeper:
     def finish(self) -> None:
         """Wait until the checkpoint under way has its name."""
         self.all_written()
+
+    def leave(self) -> None:
+        """To be called when an error ends the run: what is being written is still a good checkpoint of an earlier step.
+
+        Of several ranks nobody knows who else is leaving, so none waits: the next start deletes what is left.
+        """
+        if self._world.size == 1:
+            with suppress(UserError):  # the first error is the one to tell
+                self.finish()
 
     def load(self, step: int | None) -> Restored:
         """Put weights, moments and guard where the newest checkpoint (or that of ``step``) has them, and verify it.

@@ -77,7 +77,7 @@ class Recorder:
         """A step out of the ordinary: an entry, and its rows in replay/, so that they can be looked at again."""
         (self._run / "replay").mkdir(exist_ok=True)
         file = self._run / "replay" / f"step_{event.step:08}-rank_{self._rank:05}.json"
-        batches = [{"tokens": b.tokens.tolist(), "targets": b.targets.tolist()} for b in event.data.batches]
+        batches = [batch.as_plain() for batch in event.data.batches]
         write_json(file, {"step": event.step, "problem": event.problem, "rank": self._rank, "batches": batches})
         self.write({**as_entry(event), "replay": f"replay/step_{event.step:08}-rank_*.json"})
         self.say(f"step {event.step}: {event.problem} ({event.action}): loss {event.loss:.3f}, rows in {file}")

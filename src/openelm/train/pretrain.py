@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,6 +37,9 @@ from openelm.train.parallel import World, check_batch
 from openelm.train.run_folder import DATA, check_start, create, locked
 from openelm.train.schedule import Schedule
 from openelm.train.stopping import Stopping
+
+# Both set: torchrun restarts ranks and lets them share one store from start to start (PyTorch issue 167288).
+UNSOUND_RESTARTS = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS")
 
 
 @dataclass(frozen=True)
@@ -339,6 +343,11 @@ def _say_what_begins(ready: Parts, recorder: Recorder, notes: list[str], step: i
         recorder.say(
             f"no document was held out (data.held_out={data.held_out:g}, decided document by document): nothing is "
             "measured on unseen text; give more documents, or a larger share"
+        )
+    if world.size > 1 and all(os.environ.get(name, "0") not in ("0", "False") for name in UNSOUND_RESTARTS):
+        recorder.say(
+            "torchrun's restarts may find the addresses of the ranks before them, and hang: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it runs (docs/launch.md)"
         )
     if notes:
         recorder.say(f"other than when the run began, with no effect beyond rounding: {', '.join(notes)}")
