@@ -159,7 +159,9 @@ def write_recipe(tmp_path) -> Callable[[dict[str, Any]], str]:
 
 
 def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None:
-    """``openelm ARGUMENTS`` in a process of its own."""
+    """``openelm ARGUMENTS``, with neither the roof measured nor the report drawn: more of the time is training."""
+    import openelm.report.page as page
+    import openelm.train.pretrain as pretrain
     from openelm.cli import main
 
     os.environ.update(env)
@@ -167,31 +169,47 @@ def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+    pretrain.gemm_flops_per_s = lambda *_, **__: 1e12
+    page.write_report = lambda run: run / "report" / "index.html"
     main(arguments)
 
 
-@pytest.fixture(scope="session")
-def spawn() -> Callable[..., Any]:
-    """Start ``openelm ARGUMENTS`` in a process of its own that can be killed; returns the started process."""
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Any]]:
+    """Start ``openelm ARGUMENTS`` in a process of its own, which can be killed and writes its words to ``log``."""
     # A server that has torch imported forks each process in milliseconds, and has no thread that a fork could break.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openelm.train.pretrain", "openelm.commands.pretrain"])
+    context.set_forkserver_preload(["openelm.train.pretrain", "openelm.commands.pretrain", "openelm.report.page"])
+    started: list[Any] = []
 
     def start(arguments: list[str], env: dict[str, str] | None = None, log: Path | None = None) -> Any:
         process = context.Process(target=_command, args=(arguments, env or {}, str(log) if log else None))
         process.start()
+        started.append(process)
         return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def quick(spawn, tmp_path) -> Callable[..., Any]:
+    """``spawn`` with ``tmp_path/log`` for a log."""
+
+    def start(arguments: list[str], env: dict[str, str] | None = None, log: Path | None = None) -> Any:
+        return spawn(arguments, env, log or tmp_path / "log")
 
     return start
 
 
 @pytest.fixture
-def start_ranks(spawn, tmp_path) -> Iterator[Callable[..., list[Any]]]:
+def start_ranks(spawn, tmp_path) -> Callable[..., list[Any]]:
     """Start ``openelm ARGUMENTS`` on some ranks, as torchrun would; each writes to ``tmp_path/rank_N.log``.
 
     ``node`` ranks count as one node.
     """
-    started: list[Any] = []
 
     def start(ranks: int, arguments: list[str], node: int | None = None) -> list[Any]:
         with socket.socket() as probe:
@@ -199,18 +217,13 @@ def start_ranks(spawn, tmp_path) -> Iterator[Callable[..., list[Any]]]:
             port = probe.getsockname()[1]
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common |= {"LOCAL_WORLD_SIZE": str(node or ranks), "OMP_NUM_THREADS": "1"}
-        processes = [
+        return [
             spawn(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % (node or ranks))}, log)
             for rank in range(ranks)
             for log in [tmp_path / f"rank_{rank}.log"]
         ]
-        started.extend(processes)
-        return processes
 
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
+    return start
 
 
 @pytest.fixture

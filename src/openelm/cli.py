@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 from openelm.errors import Stopped, UserError
 
@@ -54,8 +55,9 @@ def run(argv: list[str]) -> int:
     except Stopped as stop:
         if show_traceback and stop.__cause__:
             raise
-        if str(stop):
-            print(f"openelm {argv[0]}: {stop}", file=sys.stderr)
+        with suppress(OSError):  # who reads it may be gone; the code still tells
+            if str(stop):
+                print(f"openelm {argv[0]}: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"openelm {argv[0]}: interrupted", file=sys.stderr)

@@ -1,8 +1,6 @@
 """Checkpoints of runs that are killed, that find no room, that write beside training: whole, and the same bits."""
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -28,41 +26,6 @@ CONFIG = ModelConfig(
     model_dim=32, num_transformer_layers=1, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=8
 )
 needs_proc = pytest.mark.skipif(not PROC.is_dir(), reason="looks for processes in /proc")
-
-
-def _quick(arguments: list[str], env: dict[str, str], log: str) -> None:
-    """``openelm ARGUMENTS``, with neither the roof measured nor the report drawn: more of the time is training."""
-    import openelm.report.page as page
-    import openelm.train.pretrain as pretrain
-    from openelm.cli import main
-
-    os.environ.update(env)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    pretrain.gemm_flops_per_s = lambda *_, **__: 1e12
-    page.write_report = lambda run: run / "report" / "index.html"
-    main(arguments)
-
-
-@pytest.fixture
-def quick(tmp_path) -> Iterator[Callable[..., Any]]:
-    """Start ``openelm ARGUMENTS`` in a process of its own, which says what it says in ``tmp_path/log``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openelm.train.pretrain", "openelm.commands.pretrain", "openelm.report.page"])
-    started: list[Any] = []
-
-    def start(arguments: list[str], env: dict[str, str] | None = None) -> Any:
-        process = context.Process(target=_quick, args=(arguments, env or {}, str(tmp_path / "log")))
-        process.start()
-        started.append(process)
-        return process
-
-    start(["--version"]).join()  # the server of processes has its imports behind it
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
@@ -291,7 +254,7 @@ def test_a_run_killed_before_it_deleted_the_oldest_checkpoint_deletes_it_when_it
 
 @pytest.mark.parametrize(
     "beside",
-    [pytest.param(True, marks=pytest.mark.xfail(reason="pretrain() does not call Keeper.leave yet")), False],
+    [True, False],
 )
 def test_an_error_does_not_cost_the_checkpoint_that_is_being_written(
     recipe, write_recipe, tmp_path, monkeypatch, capsys, beside

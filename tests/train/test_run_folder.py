@@ -57,10 +57,10 @@ def wait_for(there, process) -> None:
 def test_a_second_process_is_refused_naming_the_first_which_goes_on_undisturbed(
     recipe, write_recipe, tmp_path, spawn, capsys
 ):
-    recipe["train"] |= {"steps": 60, "checkpoint_every": 5, "average_last": 0}
+    recipe["train"] |= {"steps": 60, "checkpoint_every": 20, "average_last": 0}
     command, run = ["pretrain", write_recipe(recipe), "--run"], tmp_path / "run"
     first = spawn([*command, str(run)])
-    wait_for(lambda: list(run.glob("checkpoints/step_*")), first)
+    wait_for(lambda: (run / "metrics.jsonl").is_file(), first)
     for more in ([], ["--resume"], ["--auto-resume"], ["--overwrite"]):
         assert cli.run([*command, str(run), *more]) == 2
         error = capsys.readouterr().err
@@ -209,13 +209,13 @@ def test_auto_resume_finds_the_run_that_a_killed_overwriting_had_moved_away(fini
     assert hidden(run.parent) == []
 
 
-@pytest.mark.parametrize("text", ["", "just words", "a: [", "\x00"])
-def test_a_config_that_cannot_be_read_is_named_with_what_to_do(finished, capsys, text):
+def test_a_config_that_cannot_be_read_is_named_with_what_to_do(finished, capsys):
     command, run = finished
-    (run / "config.yaml").write_text(text)
-    for more in ([], ["train.steps=4"]):
-        assert cli.run([*command, *more]) == 2
-        assert str(run) in (error := capsys.readouterr().err) and "config.yaml" in error
+    for text in ("", "just words", "a: [", "\x00"):
+        (run / "config.yaml").write_text(text)
+        for more in ([], ["train.steps=4"]):
+            assert cli.run([*command, *more]) == 2
+            assert str(run) in (error := capsys.readouterr().err) and "config.yaml" in error
 
 
 # What must be the same

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,9 +85,8 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._rank:
-            return
-        print(("\r\x1b[K" if self._tty else "") + text, file=sys.stderr, flush=True)
+        if self._rank == 0:
+            self._print(("\r\x1b[K" if self._tty else "") + text)
 
     def close(self) -> None:
         """Close the file."""
@@ -113,9 +113,14 @@ class Recorder:
 
     def _show(self, line: str, *, last: bool) -> None:
         if self._tty:
-            print("\r\x1b[K" + line, end="\n" if last else "", file=sys.stderr, flush=True)
+            self._print("\r\x1b[K" + line, end="\n" if last else "")
         else:
-            print(line, file=sys.stderr, flush=True)
+            self._print(line)
+
+    @staticmethod
+    def _print(text: str, end: str = "\n") -> None:
+        with suppress(OSError):  # who reads it may be gone; the run goes on
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def cut_back(metrics: Path, step: int) -> float:
@@ -184,9 +189,10 @@ def peak_memory_bytes() -> int:
 def gemm_flops_per_s(dtype: torch.dtype, device: torch.device, *, size: int = 2048, repeats: int = 3) -> float:
     """The best rate of a square matrix product: the roof that MFU is measured against."""
     best = 0.0
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers are not to be touched
     # Some CPUs emulate bf16 hundreds of times slower: begin small, and grow only while it is quick.
     for side in (256, size):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         for _ in range(repeats):
             start_s = time.perf_counter()
             a @ b

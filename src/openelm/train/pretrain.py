@@ -97,8 +97,12 @@ def pretrain(
         with Recorder(run, steps=train.steps, elapsed_s=elapsed_s, rank=world.rank, trackers=tracking) as recorder:
             _say_what_begins(ready, recorder, begun.notes, start.step)
             with Stopping() as stopping:
-                reached = _train(ready, recorder, stopping, start)
-            ready.keeper.finish()
+                try:
+                    reached = _train(ready, recorder, stopping, start)
+                except UserError:
+                    ready.keeper.leave()
+                    raise
+                ready.keeper.finish()  # within: a signal sent twice must not end the writing
             if reached.step < train.steps:
                 raise Stopped(
                     f"{stopping.name or 'another rank'}: stopped after step {reached.step} of {train.steps}; the "
@@ -118,7 +122,7 @@ def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Be
     units = [find_units(source) for source in parts.sources(config)]
     by_name = {source.name: found for source, found in zip(config.data.sources, units, strict=True)}
     if resume:
-        for folder in (run, run / "checkpoints", run / "report"):
+        for folder in (run, run / "checkpoints", run / "report", run / "replay"):
             remove_drafts(folder)
         # What was copied since has other times: written down, so that the next resume need not read it again.
         saved = json.loads((run / DATA).read_text(encoding="utf-8"))
