@@ -167,7 +167,7 @@ def test_one_gpu_sees_twenty_tokens_for_each_parameter():
     assert data.shards / data.workers <= 64, "what a process keeps open of one source"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 16, 32, 64, 96, 128])
 def test_shards_of_the_large_recipes_divide_among_ranks(ranks):
     assert load_recipe("pretrain", []).data.shards % ranks == 0
 
