@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from openelm import cli
 from openelm.errors import UserError
-from openelm.model.folder import load_model
+from openelm.model.folder import load_model, save_model
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
-from openelm.train.parallel import World, check_batch, compile_model
+from openelm.model.transformer import OpenELM, init_weights, initial_weights
+from openelm.train.average import Average
+from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.optim import Optimizer
+from openelm.train.parallel import World, build, check_batch, compile_model
 
 
 @pytest.fixture
@@ -76,6 +80,10 @@ def test_weights_saved_by_four_ranks_are_the_same_for_any_number(fifty_steps, wr
     assert run_ranks(4, ["pretrain", file, "--run", str(run)]) == [0] * 4, logs(tmp_path)
     assert len(list((run / "checkpoints" / "step_00000006").glob("model-*-of-00004.safetensors"))) == 4
     weights = load_model(run / "model").state_dict()
+    stored = [load_file(file) for file in sorted((run / "checkpoints" / "step_00000006").glob("model-*.safetensors"))]
+    table = torch.cat([part["transformer.token_embeddings.weight"] for part in stored])
+    assert torch.equal(table, weights["token_embeddings.weight"]), "the shared table is one tensor, cut into rows"
+    assert not any("lm_head" in name or "classifier" in name for part in stored for name in part)
     for ranks in (1, 2, 3):
         scores = json.loads((run / "summary.json").read_text())["bits_per_byte"]
         assert run_ranks(ranks, ["pretrain", file, "--run", str(run), "--resume"]) == [0] * ranks, logs(tmp_path)
@@ -157,6 +165,35 @@ def test_what_rank_0_refuses_is_said_once_and_ends_all(fifty_steps, write_recipe
     )
     assert logs(tmp_path).count("error:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_shared_table_is_one_tensor_from_the_meta_device_to_the_exported_folder(tmp_path):
+    config = ModelConfig(
+        model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=50
+    )
+    model = build(config, World(), lambda model: initial_weights(model, 3), dtype=torch.float32)
+    assert model.output_weight is model.token_embeddings.weight and not model.output_weight.is_meta
+    # Only the look-up sees token 7 and only the output layer scores token 9: both reach the one gradient.
+    tokens, targets = torch.tensor([[7, 7]]), torch.tensor([[9, 9]])
+    model(tokens, targets).backward()
+    moved = model.token_embeddings.weight.grad.abs().sum(1)
+    assert moved[7] > 0 and moved[9] > 0
+    optimizer = Optimizer(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer.update(1e-2)
+    assert list(optimizer.masters) == [name for name, _ in OpenELM(config).named_parameters()]
+    assert model.output_weight is model.token_embeddings.weight
+
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2):
+        weights = {name: step * master.detach() for name, master in optimizer.masters.items()}
+        checkpoints.save(config, Checkpoint(step, weights, {}, {}))
+    optimizer.load_weights(Average(checkpoints, [1, 2]).read)
+    assert model.output_weight is model.token_embeddings.weight
+    save_model(model, tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert again.output_weight is again.token_embeddings.weight
+    torch.testing.assert_close(again.output_weight, 1.5 * weights["token_embeddings.weight"] / 2)
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
