@@ -31,7 +31,7 @@ def fifty_steps(recipe) -> dict[str, Any]:
         "warmup_steps": 5,
         "checkpoint_every": 25,
         "validate_every": 25,
-        "sample_every": 50,
+        "sample_every": 20,
         "timeout_s": 60,
     }
     return recipe
@@ -69,7 +69,12 @@ def test_ranks_train_as_one_does_whatever_the_sharding(fifty_steps, write_recipe
         for one, many in zip(entries(tmp_path / "one", "validation"), entries(run, "validation"), strict=True):
             assert (many["step"], many["tokens"]) == (one["step"], one["tokens"])
             assert many["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        assert len(entries(run, "sample")) == 1
+        # After samples, and a pass over held-out text, the training goes on with the right weights, and what is
+        # measured at the end are the averaged ones.
+        assert [e["step"] for e in entries(run, "sample")] == [20, 40, 50]
+        scores = [json.loads((r / "summary.json").read_text())["bits_per_byte"] for r in (tmp_path / "one", run)]
+        assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+        assert abs(scores[0]["averaged"] - scores[0]["last"]) > 1e-2 * scores[0]["last"]
 
 
 def test_weights_saved_by_four_ranks_are_the_same_for_any_number(fifty_steps, write_recipe, run_ranks, tmp_path):
@@ -235,7 +240,7 @@ SLOW_TO_COMPILE = pytest.mark.slow(reason="compiles ten layers, ten seconds")
 def test_a_model_compiled_block_by_block_has_one_graph_for_each_layer(checkpointing):
     # Ten layers, no two alike: by default torch gives up in silence behind the eighth.
     config = ModelConfig(
-        model_dim=64, num_transformer_layers=10, head_dim=8, num_gqa_groups=1, ffn_dim_divisor=8, vocab_size=50
+        model_dim=128, num_transformer_layers=10, head_dim=4, num_gqa_groups=4, ffn_dim_divisor=8, vocab_size=50
     )
     tokens = torch.randint(0, 50, (2, 17), generator=torch.Generator().manual_seed(1))
     results = []

@@ -45,6 +45,7 @@ class Attention(nn.Module):
     def __init__(self, model_dim: int, query_heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
         super().__init__()
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
+        self.grouped = query_heads != kv_heads
         self.qkv_proj = nn.Linear(model_dim, (query_heads + 2 * kv_heads) * head_dim, bias=False)
         self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGTK, v_BGTK = cache.append(layer, k_BGTK, v_BGTK)
         out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=H != G
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
         )
         return self.out_proj(out_BHTK.transpose(1, 2).flatten(2))
 

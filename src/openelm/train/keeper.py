@@ -93,7 +93,7 @@ class Keeper:
             if self._world.rank == 0:
                 self._checkpoints.discard(step, self._attempt)
             raise
-        self._world.first(publish)
+        self._world.first(publish, patience=self._world.patience)
 
     def finish(self) -> None:
         """Wait until the checkpoint under way has its name."""

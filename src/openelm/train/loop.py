@@ -129,9 +129,9 @@ def run(
         logs = ends or done % settings.log_every == 0
         if logs:
             means = dict(zip(sums, (totals[2:] / totals[1]).tolist(), strict=True))
-        span.add(all_weight, time.perf_counter() - start_s, chunk.wait_s)
         if logs or saves or guard.pending >= EXAMINE_EVERY:
             _examine(guard, recorder, world)
+        span.add(all_weight, time.perf_counter() - start_s, chunk.wait_s)  # behind what waits for the device
         if logs:
             entry = {"step": done, **means, "grad_norm": norm.item(), "lr": lr, "tokens": tokens}
             recorder.train(entry, span.end(settings))

@@ -50,8 +50,8 @@ class World:
         self.shards = {"none": 1, "node": node, "full": self.size}[sharding]
         self.replicas = max(1, self.size // self.shards)
         self.shard, self.replica = self.rank % self.shards, self.rank // self.shards
-        self.device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
-        self._timeout_s = timeout_s
+        self.device = pick_device(int(os.environ.get("LOCAL_RANK", 0)), self.size)
+        self.patience = timedelta(seconds=timeout_s)
         self._turns = 0
         if self.size == 1:
             return
@@ -63,10 +63,14 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=self.patience)
         self._store = dist.distributed_c10d._get_default_store()
         names = ("replicate", "shard")
         self.mesh = init_device_mesh(self.device.type, (self.replicas, self.shards), mesh_dim_names=names)
+        # Its groups have a patience of their own. NCCL can only abort: gloo, which can say who is gone, comes first.
+        later = self.patience + timedelta(seconds=60 if self.device.type == "cuda" else 0)
+        for name in names:
+            dist.distributed_c10d._set_pg_timeout(later, self.mesh.get_group(name))
 
     def agree(self, step: int, *values: int) -> list[int]:
         """The sums of some whole numbers over all ranks. Whoever waits here for a rank that is gone names it."""
@@ -97,7 +101,7 @@ class World:
         dist.gather_object(value, found)
         return found or []
 
-    def first(self, make: Callable[[], T]) -> T:
+    def first(self, make: Callable[[], T], *, patience: timedelta = ALONE) -> T:
         """What ``make`` gives on rank 0, on every rank. What it refuses is said once, and all ranks end with that."""
         if self.size == 1:
             return make()
@@ -113,7 +117,7 @@ class World:
         # Waited for at the store, where patience is not limited by the time that a step may take.
         self._turns += 1
         turn = f"openelm/first/{self._turns}"
-        self._store.set(turn, "") if self.rank == 0 else self._store.wait([turn], ALONE)
+        self._store.set(turn, "") if self.rank == 0 else self._store.wait([turn], patience)
         dist.broadcast_object_list(answer)
         if error:
             raise error
@@ -179,7 +183,7 @@ class World:
             f"rank {self.rank} lost touch with "
             + (", ".join(map(self._last_seen, silent)) if silent else "the other ranks, which lost it too")
             + f" ({reason}). A rank that died has said why itself; one that hangs is waited for train.timeout_s="
-            f"{self._timeout_s:g} seconds. The last checkpoint is whole: go on with --resume"
+            f"{self.patience.total_seconds():g} seconds. The last checkpoint is whole: go on with --resume"
         )
 
     def _last_seen(self, rank: int) -> str:
@@ -189,11 +193,16 @@ class World:
         return f"rank {rank}"
 
 
-def pick_device(local_rank: int = 0) -> torch.device:
-    """CUDA where there is one (the rank's own), then Apple's GPU, then the CPU."""
+def pick_device(local_rank: int = 0, ranks: int = 1) -> torch.device:
+    """CUDA where there is one (the rank's own), then, for a rank alone, Apple's GPU, then the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "start as many ranks as there are GPUs (torchrun --nproc-per-node=gpu)"
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device("mps" if ranks == 1 and torch.backends.mps.is_available() else "cpu")
 
 
 def check_batch(global_batch: int, micro_batch: int, ranks: int) -> None:
@@ -249,7 +258,7 @@ def compile_model(model: OpenELM, *, whole: bool, backend: str = "inductor") -> 
     wanted = 4 * len(model.layers)
     torch._dynamo.config.recompile_limit = max(wanted, torch._dynamo.config.recompile_limit)
     for block in model.layers:
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=False)  # or head counts become symbols, which attention does not take
 
 
 def _shard(model: OpenELM, world: World, dtype: torch.dtype) -> None:
@@ -276,19 +285,28 @@ def before_micro_batch(model: nn.Module, world: World, *, last: bool) -> None:
         model.set_reshard_after_backward(last or world.shards > 1)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights. A pass without gradients keeps them, and would go on with them after a change."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
 @contextmanager
-def gathered(model: nn.Module, world: World) -> Iterator[None]:
-    """All weights on every rank for a while, so that one of them can use the model alone."""
-    modules = sharded_modules(model)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
+def gathered(model: OpenELM, world: World) -> Iterator[OpenELM]:
+    """The model whole on every rank for a while, so that one of them can use it alone: without hooks or compilation."""
+    if world.size == 1:
+        yield model
+        return
+    for module in sharded_modules(model):
         module.unshard()
+    with torch.device("meta"):
+        whole = OpenELM(model.config)
+    # The same memory. FSDP's own modules would remember a pass that the other ranks did not make.
+    whole.load_state_dict({name: weight.detach() for name, weight in model.named_parameters()}, assign=True)
     try:
-        yield
+        yield whole
     finally:
-        for module in modules:
-            module.set_reshard_after_forward(world.shards > 1 and module is not model, recurse=False)
-            module.reshard()
+        reshard(model)
 
 
 def own_rows(tensor: Tensor) -> Tensor:

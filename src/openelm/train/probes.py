@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from openelm.data.held_out import HeldOut
 from openelm.data.loader import Step
+from openelm.data.packing import IGNORE, Batch
 from openelm.data.stream_state import merge_counts
 from openelm.data.tokenizer import Tokenizer
 from openelm.infer.engine import Engine
 from openelm.infer.sampling import Sampling
 from openelm.model.transformer import OpenELM
 from openelm.train.loop import Probe
-from openelm.train.parallel import World, gathered
+from openelm.train.parallel import World, gathered, reshard
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 
@@ -38,7 +40,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, rows: int) -> di
     """Cross-entropy (nats a token) and bits per byte of the held-out text, ``rows`` rows at a time on each rank."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64)
-    batches = list(held_out.batches(rows))
+    batches = [padded(batch, rows) for batch in held_out.batches(rows)]
     with torch.no_grad():
         for turn in range(0, len(batches), world.size):
             mine = turn + world.rank
@@ -47,6 +49,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, rows: int) -> di
             nats = float(model(*batch.tensors(device)))
             if mine < len(batches):
                 sums += torch.tensor([nats, batch.valid_tokens()], dtype=torch.float64)
+    reshard(model)
     nats, tokens = world.sum_words(sums)
     bytes_ = held_out.bytes
     return {
@@ -55,6 +58,12 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, rows: int) -> di
         "tokens": int(tokens),
         "bytes": bytes_,
     }
+
+
+def padded(batch: Batch, rows: int) -> Batch:
+    """The batch with rows that do not count, up to ``rows``: of one shape, a compiled model has one form."""
+    more = ((0, rows - len(batch.tokens)), (0, 0))
+    return Batch(np.pad(batch.tokens, more), np.pad(batch.targets, more, constant_values=IGNORE))
 
 
 def samples(
@@ -87,11 +96,11 @@ def write(
     """One continuation of each prompt, on rank 0; the others lend it their weights and get nothing."""
     if not prompts:
         return []
-    with gathered(model, world), _evaluating(model):
+    with gathered(model, world) as whole, _evaluating(whole):
         if world.rank:
             return []
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-        found = Engine(model, tokenizer).generate(ids, max_tokens, SAMPLING, seeds=[seed + i for i in range(len(ids))])
+        found = Engine(whole, tokenizer).generate(ids, max_tokens, SAMPLING, seeds=[seed + i for i in range(len(ids))])
     return [completion.text for completion in found]
 
 
