@@ -121,7 +121,7 @@ def test_an_override_that_cannot_be_applied_is_explained(refuse, override, said)
 
 def test_micro_batches_that_do_not_divide_suggest_one_that_does(refuse):
     error = refuse("train.global_batch=7", "train.micro_batch=3")
-    assert "train.global_batch=7 rows is not a multiple of train.micro_batch=3: use 6" in error
+    assert "train.global_batch=7 rows is not a multiple of train.micro_batch=3: set train.global_batch=6" in error
 
 
 def test_rows_longer_than_the_context_are_refused(refuse):

@@ -94,6 +94,10 @@ def _call(name: str, argv: list[str]) -> int:
     try:
         arguments = parser.parse_intermixed_args(argv)  # overrides may stand behind options
     except TypeError:  # argparse cannot do that where there are sub-commands
-        arguments = parser.parse_args(argv)
+        arguments, left = parser.parse_known_args(argv)
+        if hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in left):
+            arguments.overrides += left
+        elif left:
+            parser.error(f"unrecognized arguments: {' '.join(left)}")
     code: int = module.run(arguments)
     return code

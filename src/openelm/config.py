@@ -150,7 +150,7 @@ class TrainSection(Section):
             near = max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch
             problems.append(
                 f"train.global_batch={self.global_batch} rows is not a multiple of "
-                f"train.micro_batch={self.micro_batch}: use {near}, or change train.micro_batch"
+                f"train.micro_batch={self.micro_batch}: set train.global_batch={near}, or change train.micro_batch"
             )
         if self.warmup_steps >= self.steps:
             problems.append(

@@ -226,3 +226,15 @@ def test_hash_and_count_refuse_what_cannot_be(recipe: Path, capsys: pytest.Captu
     assert "is left after filtering" in capsys.readouterr().err
     assert cli.run(["data", "count", "dmeo"]) == 2
     assert "did you mean demo?" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_the_options_of_an_action(text_folder, tokenizer_file, capsys):
+    words = [f"tokenizer.path={tokenizer_file}", f"data.sources.0.path={text_folder}", "data.row_length=32"]
+    prints = []
+    for command in (["demo", *words, "--rows", "5"], ["demo", "--rows", "5", *words]):
+        assert cli.run(["data", "hash", *command]) == 0
+        prints.append(capsys.readouterr().out)
+    assert prints[0] == prints[1]
+    with pytest.raises(SystemExit):
+        cli.run(["data", "hash", "demo", "--rows", "5", "stray"])
+    assert "unrecognized arguments: stray" in capsys.readouterr().err

@@ -114,3 +114,11 @@ def test_under_a_torchrun_that_restarts_nothing_is_deleted_and_the_run_goes_on(
     assert "would delete the run at each restart" in capsys.readouterr().err
     assert cli.run(command) == 0
     assert (tmp_path / "run" / "environment.json").stat().st_mtime_ns == made
+
+
+def test_a_source_whose_text_is_all_dropped_is_named_before_anything_is_made(recipe, write_recipe, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    recipe["data"]["sources"].append({"name": "empty", "path": str(tmp_path / "short.txt"), "share": 0.001})
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 2
+    assert "no document of source 'empty' is left after filtering" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

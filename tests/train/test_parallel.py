@@ -165,9 +165,8 @@ def wait_for(there, processes, tmp_path) -> None:
 def test_what_rank_0_refuses_is_said_once_and_ends_all(fifty_steps, write_recipe, run_ranks, tmp_path):
     file = write_recipe(fifty_steps)
     assert run_ranks(3, ["pretrain", file, "--run", str(tmp_path / "run")]) == [2, 2, 2]
-    assert "train.global_batch=8 rows is not a multiple of 3 ranks x train.micro_batch=2 = 6: use 6 or 12" in logs(
-        tmp_path
-    )
+    words = "8 rows is not a multiple of 3 ranks x train.micro_batch=2 = 6: set train.global_batch=6 or 12"
+    assert words in logs(tmp_path)
     assert logs(tmp_path).count("error:") == 1
     assert not (tmp_path / "run").exists()
 
@@ -204,9 +203,9 @@ def test_the_shared_table_is_one_tensor_from_the_meta_device_to_the_exported_fol
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "words"),
     [
-        (100, 16, 4, "use 64 or 128"),
-        (2048, 16, 96, "use 1536 or 3072"),
-        (64, 16, 8, "use 128, or set train.micro_batch=8"),
+        (100, 16, 4, "global_batch=64 or 128"),
+        (2048, 16, 96, "global_batch=1536 or 3072"),
+        (64, 16, 8, "global_batch=128, or train.micro_batch=8"),
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest(batch, micro, ranks, words):

@@ -59,12 +59,16 @@ def run(args: argparse.Namespace) -> int:
     """Work it out, and print it."""
     from dataclasses import replace
 
-    from openelm.train.hardware import find_hardware
+    from openelm.train.hardware import HARDWARE, find_hardware
     from openelm.train.plan import Assumptions, largest_micro_batch, plan_training
 
     given = Assumptions(
         args.mfu, args.price_per_gpu_hour, args.gpu_hours_per_failure, args.write_bytes_per_s, args.bytes_per_token
     )
+    if args.gpu == "cpu" and args.gpus > 1:
+        raise UserError(f"--gpus {args.gpus} of which kind? Give it with --gpu: {', '.join(HARDWARE)}")
+    if args.size and any(override.startswith("model.size=") for override in args.overrides):
+        raise UserError(f"--size {args.size} and an override of model.size: give one of them")
     name, work, dtype = _workload(args)
     hardware = find_hardware(args.gpu, dtype)
     if args.micro_batch is None and args.recipe is None:

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -340,7 +341,8 @@ def tried(action: Callable[[int], Result], failure: Callable[[], str], url: str)
             # Ranks that failed together do not come back together. Not the module's own generator: it is the user's.
             time.sleep(WAIT_S * 2**attempt * random.Random().uniform(0.5, 1.5))
             file_system, inner = file_system_of(url)
-            file_system.invalidate_cache(inner)
+            with suppress(Exception):  # which asks the server too, at the Hub; the next try says what is wrong
+                file_system.invalidate_cache(inner)
     raise AssertionError("TRIES is at least one")
 
 

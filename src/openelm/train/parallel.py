@@ -213,8 +213,8 @@ def check_batch(global_batch: int, micro_batch: int, ranks: int) -> None:
         divisors = [m for m in range(1, micro_batch) if global_batch % (ranks * m) == 0]
         raise UserError(
             f"train.global_batch={global_batch} rows is not a multiple of {ranks} ranks x train.micro_batch="
-            f"{micro_batch} = {unit}: use {' or '.join(map(str, near))}"
-            + (f", or set train.micro_batch={divisors[-1]}" if divisors else "")
+            f"{micro_batch} = {unit}: set train.global_batch={' or '.join(map(str, near))}"
+            + (f", or train.micro_batch={divisors[-1]}" if divisors else "")
         )
 
 

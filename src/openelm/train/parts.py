@@ -23,7 +23,7 @@ from openelm.data.stream import TokenStream, is_held_out
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.data.walk import documents_once
 from openelm.errors import UserError
-from openelm.model.folder import load_config, load_model
+from openelm.model.folder import StoredTensors, from_folder_name, load_config, safetensors_files
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, initial_weights
 from openelm.train.parallel import World, build
@@ -53,6 +53,14 @@ def token_stream(config: RunConfig, tokenizer: Tokenizer, units: list[list[Unit]
         held_out=data.held_out,
         units=units,
     )
+
+
+def check_sources(config: RunConfig, tokenizer: Tokenizer, units: list[list[Unit]]) -> None:
+    """Make a row of each source by itself; UserError where its filters leave nothing, or its files cannot be read."""
+    for source, found in zip(config.data.sources, units, strict=True):
+        if source.share:
+            alone = config.data.model_copy(update={"sources": (source,), "shards": 1})
+            token_stream(config.model_copy(update={"data": alone}), tokenizer, [found]).next_row()
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer, units: list[list[Unit]] | None = None) -> HeldOut:
@@ -146,7 +154,10 @@ def build_model(config: RunConfig, geometry: ModelConfig, world: World, dtype: t
 
     def weights(model: OpenELM) -> Iterable[tuple[str, Tensor]]:
         if train.init_from:
-            return load_model(train.init_from, dtype=torch.float32).state_dict().items()
+            # A tensor at a time: each of a machine's ranks would hold the whole model otherwise.
+            stored = StoredTensors(safetensors_files(Path(train.init_from), "model"), from_folder_name)
+            stored.check({name: tuple(weight.shape) for name, weight in model.named_parameters()})
+            return ((name, stored.read(name)) for name, _ in model.named_parameters())
         return initial_weights(model, config.seed)
 
     return build(

@@ -129,7 +129,7 @@ def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Be
         if (found := compare(saved, by_name)) != saved:
             write_json(run / DATA, found)
     else:
-        parts.token_stream(config, tokenizer, units).next_row()  # nothing left after filtering is said here
+        parts.check_sources(config, tokenizer, units)
         create(run, config, geometry, tokenizer, fingerprint(by_name))
     return Begun(resume, notes, units, parts.held_out(config, tokenizer, units), secrets.token_hex(8))
 
