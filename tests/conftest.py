@@ -7,6 +7,7 @@ import random
 import socket
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,20 @@ def run_ranks(start_ranks) -> Callable[..., list[int]]:
         return [process.exitcode for process in processes]
 
     return run
+
+
+@pytest.fixture
+def largest_file() -> Callable[[int], Any]:
+    """``with largest_file(1000)``: the system refuses longer files, the same path through the code as a full disk."""
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,18 +41,6 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 def drafts(folder: Path) -> list[Path]:
     return [*folder.rglob(".*.tmp-*"), *folder.rglob(".*.old")]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse files beyond a size: the same path through the code as a disk that is full."""
-    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_saved_comes_back(checkpoints):
@@ -181,7 +167,7 @@ def test_a_killed_deletion_leaves_no_half_checkpoint(checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors"])
-def test_a_file_that_does_not_fit_leaves_the_checkpoints_as_they_were(checkpoints, name):
+def test_a_file_that_does_not_fit_leaves_the_checkpoints_as_they_were(checkpoints, name, largest_file):
     # Python writes the first, Rust the second; the third fails when the others are written already.
     sizes = {file.name: file.stat().st_size for file in checkpoints.path(10).iterdir()}
     assert sizes["config.json"] < sizes["model.safetensors"] < sizes["optimizer.safetensors"]
@@ -210,7 +196,9 @@ def run_to_the_end(recipe, folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_run_on_a_full_disk_stops_with_the_last_checkpoint_whole(recipe, write_recipe, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_full_disk_stops_with_the_last_checkpoint_whole(
+    recipe, write_recipe, tmp_path, monkeypatch, capsys, largest_file
+):
     run = tmp_path / "run"
     command = ["pretrain", write_recipe(recipe), "--run", str(run)]
     save = checkpoint_module.write_model
@@ -236,7 +224,7 @@ def test_a_run_on_a_full_disk_stops_with_the_last_checkpoint_whole(recipe, write
     assert (run / "model" / "model.safetensors").read_bytes() == run_to_the_end(recipe, tmp_path / "alone")
 
 
-def test_metrics_that_do_not_fit_stop_the_run_in_words(recipe, write_recipe, tmp_path, capsys):
+def test_metrics_that_do_not_fit_stop_the_run_in_words(recipe, write_recipe, tmp_path, capsys, largest_file):
     recipe["train"] |= {"checkpoint_every": 100, "average_last": 0}
     run = tmp_path / "run"
     run_to_the_end(recipe, run)

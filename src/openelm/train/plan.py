@@ -321,22 +321,23 @@ def plan_run(config: RunConfig, run: Path) -> dict[str, Any]:
     model = parts.geometry(config, tokenizer)
     device = pick_device()
     dtype = parts.compute_dtype(config.train.dtype, device)
-    parts.token_stream(config, tokenizer).next_row()
+    units = [find_units(source) for source in parts.sources(config)]
+    parts.check_sources(config, tokenizer, units)
     work = workload(config, model, ranks=1, compute_bytes=dtype.itemsize)
     train = config.train
     flops = train.steps * work.tokens_per_step * model.train_flops_per_token(work.row_length)
     rate = gemm_flops_per_s(dtype, device)
     kept = train.keep_last + (train.steps // train.milestone_every if train.milestone_every else 0)
     existing = next(folder for folder in [run.absolute(), *run.absolute().parents] if folder.exists())
-    found = {s.name: find_units(s) for s in parts.sources(config)}
+    by_name = zip((source.name for source in config.data.sources), units, strict=True)
     return {
         "run_folder": str(run),
         "run_folder_state": _state_of(run),
         "parameters": model.num_parameters(),
         "device": f"{device}, computing in {str(dtype).removeprefix('torch.')}",
         **{
-            f"source_{name}": f"{len(units):,} files or parts, {sum(u.size_bytes for u in units):,} bytes"
-            for name, units in found.items()
+            f"source_{name}": f"{len(found):,} files or parts, {sum(u.size_bytes for u in found):,} bytes"
+            for name, found in by_name
         },
         "rows": train.steps * train.global_batch,
         "tokens_at_most": train.steps * work.tokens_per_step,
