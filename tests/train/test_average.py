@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from openelm.errors import UserError
+from openelm.model.folder import tensor_shapes
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 from openelm.train.average import Average, exponential_average, newest, newest_in_a_row
@@ -25,7 +26,7 @@ def save(checkpoints: Checkpoints, step: int, config: ModelConfig = CONFIG) -> N
 def average_checkpoints(checkpoints, last):
     """(geometry, mean weights, steps) of the newest checkpoints."""
     average = Average(checkpoints, newest(checkpoints, checkpoints.steps(), last))
-    return average.config, average.weights(), average.steps
+    return average.config, {name: average.read(name) for name in tensor_shapes(average.config)}, average.steps
 
 
 @pytest.fixture
@@ -106,9 +107,9 @@ def test_an_old_milestone_is_not_among_those_in_a_row(steps, spacing, chosen):
 def test_the_exponential_average_of_a_checkpoint_is_found_or_missed_by_name(checkpoints):
     kept = {f"ema.{name}": tensor for name, tensor in weights_of(7).items()}
     checkpoints.save(CONFIG, Checkpoint(50, weights_of(50), kept, {}))
-    config, weights = exponential_average(checkpoints, 50)
+    config, read = exponential_average(checkpoints, 50)
     assert config.num_parameters() == CONFIG.num_parameters()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(7).items())
+    assert all(torch.equal(read(name), tensor) for name, tensor in weights_of(7).items())
     with pytest.raises(UserError, match=r"step_00000040 holds no exponential average.*train\.ema_decay"):
         exponential_average(checkpoints, 40)
     kept.pop("ema.norm.weight")

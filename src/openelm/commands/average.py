@@ -68,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from openelm.train.average import Average, exponential_average
 
     if args.ema:
-        config, weights = exponential_average(checkpoints, steps[-1])
+        config, read = exponential_average(checkpoints, steps[-1])
     else:
         average = Average(checkpoints, steps)
-        config, weights = average.config, average.weights()
+        config, read = average.config, average.read
     tokenizer = find_tokenizer(folder)
     with whole_folder(out, overwrite=args.overwrite) as draft:
-        write_model(draft, config, weights, DTYPES[args.dtype])
+        write_model(draft, config, read, DTYPES[args.dtype])
         if tokenizer is not None:
             tokenizer.save(draft)
     if tokenizer is None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ from torch import Tensor
 from openelm.errors import UserError
 from openelm.files import whole_folder
 from openelm.model.geometry import ModelConfig
+from openelm.model.safetensors_file import Entry, write_shards
 from openelm.model.transformer import OpenELM
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INDEX = "model.safetensors.index.json"
 PLACES = "openelm.rows"  # in a file's metadata: JSON of {tensor: [first row, shape of the whole]}
 OPEN_FILES = 16  # that a reader keeps open
 
@@ -48,7 +49,7 @@ def save_model(
     """
     dtype = dtype or model.token_embeddings.weight.dtype
     with whole_folder(Path(folder), overwrite=overwrite) as draft:
-        write_model(draft, model.config, model.state_dict(), dtype)
+        write_model(draft, model.config, model.state_dict().__getitem__, dtype)
         if tokenizer is not None:
             tokenizer.save(draft)
         if card:
@@ -56,13 +57,22 @@ def save_model(
     return Path(folder)
 
 
-def write_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def write_model(folder: Path, config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
     """Write config.json, generation_config.json and the tensors into a folder that is there already.
 
-    ``weights`` go by their names inside the package.
+    ``read`` gives a tensor by its name inside the package; each is asked for once, when the one before is written.
     """
     write_config(folder, config, dtype)
-    _write_tensors(folder, {to_folder_name(name): tensor for name, tensor in weights.items()}, dtype)
+    shapes = tensor_shapes(config)
+    entries = [Entry(to_folder_name(name), shape, dtype) for name, shape in shapes.items()]
+    write_shards(folder, entries, map(read, shapes), SHARD_BYTES, {"format": "pt"})
+
+
+@cache
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model, in its order: name inside the package -> shape. A shared embedding stands once."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in OpenELM(config).state_dict().items()}
 
 
 def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -114,10 +124,15 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
 
 def copy_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
     """Fill ``targets`` (by their names inside the package) from a folder's safetensors, one tensor at a time."""
-    stored = StoredTensors(safetensors_files(folder, "model"), from_folder_name)
+    stored = open_tensors(folder)
     stored.check({name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         stored.copy(name, target)
+
+
+def open_tensors(folder: Path) -> StoredTensors:
+    """The tensors of a folder, by their names inside the package."""
+    return StoredTensors(safetensors_files(folder, "model"), from_folder_name)
 
 
 def config_to_folder(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -307,27 +322,6 @@ def _check_rows(pieces: list[_Piece], shape: tuple[int, ...]) -> None:
 
 def _unreadable(file: Path, error: Exception) -> UserError:
     return UserError(f"{file} cannot be read as safetensors ({error}): it is damaged or cut short")
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        tensor_bytes = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + tensor_bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor_bytes
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        cast = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in shard.items()}
-        save_file(cast, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    if len(shards) > 1:
-        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

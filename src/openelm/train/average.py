@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from openelm.errors import UserError
+from openelm.model.folder import tensor_shapes
 from openelm.model.geometry import ModelConfig
-from openelm.train.checkpoint import Checkpoints, check_geometry, model_shapes, open_checkpoint
+from openelm.train.checkpoint import Checkpoints, check_geometry, open_checkpoint
 
 EMA = "ema."  # what the optimizer tensors of an exponential average begin with
 
@@ -37,18 +37,14 @@ class Average:
         assert total is not None
         return total.div_(len(self._opened)).float()
 
-    def weights(self) -> dict[str, Tensor]:
-        """All mean weights by their names inside the package."""
-        return {name: self.read(name) for name in model_shapes(self.config)}
 
-
-def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(geometry, fp32 weights) of the exponential average that the run kept up to ``step``.
+def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Callable[[str], Tensor]]:
+    """(geometry, what reads an fp32 weight) of the exponential average that the run kept up to ``step``.
 
     Raises UserError where the checkpoint is damaged or holds none.
     """
     opened = open_checkpoint(checkpoints.path(step))
-    shapes = model_shapes(opened.config)
+    shapes = tensor_shapes(opened.config)
     kept = {name: shape for name in shapes if (shape := opened.optimizer_shapes.get(EMA + name)) is not None}
     if not kept:
         raise UserError(
@@ -58,7 +54,7 @@ def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfi
     for name, shape in shapes.items():
         if kept.get(name) != shape:
             raise UserError(f"{opened.path}: {EMA}{name} has shape {kept.get(name)}, but config.json gives {shape}")
-    return opened.config, {name: opened.read_optimizer(EMA + name).to(torch.float32) for name in shapes}
+    return opened.config, lambda name: opened.read_optimizer(EMA + name).float()
 
 
 def newest(checkpoints: Checkpoints, steps: Sequence[int], last: int) -> list[int]:

@@ -31,16 +31,16 @@ from openelm.model.folder import Slice as Slice
 from openelm.model.folder import (
     StoredTensors,
     copy_tensors,
-    from_folder_name,
     load_config,
+    open_tensors,
     safetensors_files,
     save_slices,
+    tensor_shapes,
     to_folder_name,
     write_config,
     write_model,
 )
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -87,8 +87,8 @@ class Opened:
         self.config, _ = load_config(path)
         self._states = [_read_state(file) for file in (path / STATE, *sorted(path.glob("state-?????-of-?????.json")))]
         self.step: int = self._states[0]["step"]
-        self._weights = StoredTensors(safetensors_files(path, "model"), from_folder_name)
-        self._weights.check(model_shapes(self.config))
+        self._weights = open_tensors(path)
+        self._weights.check(tensor_shapes(self.config))
         self._optimizer = StoredTensors(safetensors_files(path, "optimizer"))
         self.optimizer_shapes = self._optimizer.shapes
 
@@ -158,7 +158,7 @@ class Checkpoints:
             if rank == 0:
                 write_config(draft, config, torch.float32)
             if ranks == 1:
-                write_model(draft, config, {name: piece.tensor for name, piece in part.weights.items()}, torch.float32)
+                write_model(draft, config, lambda name: part.weights[name].tensor, torch.float32)
                 tensors = {name: piece.tensor.detach().cpu().contiguous() for name, piece in part.optimizer.items()}
                 save_file(tensors, draft / "optimizer.safetensors")
                 files = list(draft.iterdir())
@@ -221,7 +221,7 @@ class Checkpoints:
         remove_drafts(self.folder)
         opened = self.open(step)
         opened.restore_random_state()
-        weights = {name: opened.read_weight(name) for name in model_shapes(opened.config)}
+        weights = {name: opened.read_weight(name) for name in tensor_shapes(opened.config)}
         names = sorted(opened.optimizer_shapes.keys() - {RANDOM_STATE})
         return Checkpoint(opened.step, weights, {n: opened.read_optimizer(n) for n in names}, opened.states()[0])
 
@@ -298,12 +298,6 @@ def check_geometry(config: ModelConfig, path: Path) -> None:
         raise UserError(f"{path} is of another geometry: {'; '.join(differing)}: use the model that it was made with")
 
 
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors, by their names inside the package."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in OpenELM(config).state_dict().items()}
-
-
 def sha256(file: Path) -> str:
     """Checksum of a file's bytes, in hexadecimal."""
     with file.open("rb") as handle:
@@ -313,7 +307,7 @@ def sha256(file: Path) -> str:
 def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Geometry and fp32 weights, by their names inside the package, of a checkpoint or any model folder."""
     config, _ = load_config(path)
-    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in model_shapes(config).items()}
+    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in tensor_shapes(config).items()}
     copy_tensors(path, weights)
     return config, weights
 

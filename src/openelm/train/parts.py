@@ -23,7 +23,7 @@ from openelm.data.stream import TokenStream, is_held_out
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.data.walk import documents_once
 from openelm.errors import UserError
-from openelm.model.folder import StoredTensors, from_folder_name, load_config, safetensors_files
+from openelm.model.folder import load_config, open_tensors
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, initial_weights
 from openelm.train.parallel import World, build
@@ -155,7 +155,7 @@ def build_model(config: RunConfig, geometry: ModelConfig, world: World, dtype: t
     def weights(model: OpenELM) -> Iterable[tuple[str, Tensor]]:
         if train.init_from:
             # A tensor at a time: each of a machine's ranks would hold the whole model otherwise.
-            stored = StoredTensors(safetensors_files(Path(train.init_from), "model"), from_folder_name)
+            stored = open_tensors(Path(train.init_from))
             stored.check({name: tuple(weight.shape) for name, weight in model.named_parameters()})
             return ((name, stored.read(name)) for name, _ in model.named_parameters())
         return initial_weights(model, config.seed)

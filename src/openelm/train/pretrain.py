@@ -22,8 +22,8 @@ from openelm.data.sources import Unit, find_units
 from openelm.data.stream import TokenStream
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import Stopped, UserError
-from openelm.files import remove_drafts, write_json
-from openelm.model.folder import save_model
+from openelm.files import remove_drafts, whole_folder, write_json
+from openelm.model.folder import write_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.train import loop, parts, probes
@@ -262,10 +262,10 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
         if ready.held_out.rows:
             scores[name] = probes.evaluate(ready.model, ready.held_out, world, train.micro_batch)["bits_per_byte"]
 
-    def write_model(folder: str, read: Callable[[str], Tensor], name: str) -> None:
+    def write(folder: str, read: Callable[[str], Tensor], name: str) -> None:
         """On rank 0, which needs no other for it: checkpoints are files."""
         card = model_card(config, ready.geometry, scores.get(name), reached)
-        world.first(lambda: _write_model(ready, run / folder, {key: read(key) for key in optimizer.shapes}, card))
+        world.first(lambda: _write_model(ready, run / folder, read, card))
 
     def average(steps: list[int]) -> Average:
         return world.each(lambda: Average(ready.checkpoints, steps, share=(world.rank, world.size)))
@@ -276,16 +276,16 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
         optimizer.load_weights(optimizer.ema.__getitem__)
         score("exponential average")
         kept = world.each(lambda: ready.checkpoints.open(reached.step, share=(world.rank, world.size)))
-        write_model("model-ema", lambda key: kept.read_optimizer(f"ema.{key}"), "exponential average")
+        write("model-ema", lambda key: kept.read_optimizer(f"ema.{key}"), "exponential average")
     steps = ready.checkpoints.due()[-min(train.average_last, train.keep_last) :] if train.average_last else []
     if len(steps) > 1:
-        write_model("model-last", best.read, name)
+        write("model-last", best.read, name)
         name, best = "averaged", average(steps)
         recorder.say(f"averaged the checkpoints of steps {', '.join(map(str, best.steps))}")
     if len(steps) > 1 or train.ema_decay:
         optimizer.load_weights(lambda key: best.read(key, *world.part(optimizer.shapes[key])))
         score(name)
-    write_model("model", best.read, name)
+    write("model", best.read, name)
     prompts = train.sample_prompts[:1]
     texts = probes.write(ready.model, ready.tokenizer, prompts, world, train.sample_tokens, config.seed)
     world.barrier()
@@ -306,11 +306,11 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
     return summary
 
 
-def _write_model(ready: Parts, folder: Path, weights: dict[str, Tensor], card: str) -> None:
-    with torch.device("meta"):
-        model = OpenELM(ready.geometry)
-    model.load_state_dict(weights, assign=True)
-    save_model(model, folder, tokenizer=ready.tokenizer, card=card, overwrite=True)
+def _write_model(ready: Parts, folder: Path, read: Callable[[str], Tensor], card: str) -> None:
+    with whole_folder(folder, overwrite=True) as draft:
+        write_model(draft, ready.geometry, read, torch.float32)
+        ready.tokenizer.save(draft)
+        (draft / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(config: RunConfig, geometry: ModelConfig, bits_per_byte: float | None, reached: loop.Reached) -> str:

@@ -1,0 +1,155 @@
+"""A model to convert, whoever wrote it: its geometry, and its tensors one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from openelm.errors import UserError
+from openelm.model.folder import load_config, open_tensors, tensor_shapes
+from openelm.model.geometry import SIZES, ModelConfig
+
+if TYPE_CHECKING:
+    from openelm.data.tokenizer import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every reader gives and every writer takes. Tensor names are those inside the package (CoreNet's)."""
+
+    origin: str  # for messages: the path or Hub id
+    config: ModelConfig
+    dtype: torch.dtype  # of the stored matrices; of what they stand for, where they are quantised
+    read: Callable[[str], Tensor]  # by name, on the CPU; called once a tensor, when the one before is done with
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    card: str | None = None  # README.md of the source: licence and base model are carried over from it
+    notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, in the model's order; a shared embedding stands once."""
+        return tensor_shapes(self.config)
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor, looked at: UserError where it holds NaN or infinity, or is not of the geometry's shape."""
+        tensor = self.read(name)
+        expected = self.shapes[name]
+        if tuple(tensor.shape) != expected:
+            raise UserError(f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but the geometry gives {expected}")
+        # A sum is finite where all are, and takes no copy; it may overflow where they are, so only then each is seen.
+        if not tensor.float().sum().isfinite() and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{self.origin}: {name} holds {bad} values that are NaN or infinite: the model is broken; take a "
+                "checkpoint from before it broke"
+            )
+        return tensor
+
+
+def open_folder(folder: Path) -> Source:
+    """A model folder: ours, Apple's, mlx-lm's (quantised too), or a checkpoint of a run; UserError otherwise."""
+    from openelm.data.tokenizer import Tokenizer
+
+    config, dtype = load_config(folder)
+    stored = open_tensors(folder)
+    stored.check(tensor_shapes(config))
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return Source(
+        origin=str(folder),
+        config=config,
+        dtype=dtype,
+        read=stored.read,
+        tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
+        chat_template=read_text(folder / "chat_template.jinja"),
+        card=read_text(folder / "README.md"),
+    )
+
+
+def read_text(file: Path) -> str | None:
+    """Content of a file, None where there is none. UserError where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it first") from error
+
+
+def with_vocabulary(source: Source, vocab_size: int) -> Source:
+    """The source with the first ``vocab_size`` rows of its embedding (and output layer) only.
+
+    UserError where it has fewer, or where its tokenizer has ids beyond.
+    """
+    rows = source.config.vocab_size
+    if vocab_size == rows:
+        return source
+    if not 0 < vocab_size < rows:
+        raise UserError(f"a vocabulary of {vocab_size}: {source.origin} has {rows} rows; ask for {rows} or fewer")
+    if source.tokenizer is not None and source.tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocab_size} would cut off ids of the tokenizer, which has {source.tokenizer.vocab_size}"
+        )
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        return tensor[:vocab_size] if name in ("token_embeddings.weight", "classifier.weight") else tensor
+
+    note = f"vocabulary {rows} -> {vocab_size}: rows {vocab_size} to {rows - 1} of the embedding were dropped"
+    return replace(
+        source,
+        config=source.config.changed(vocab_size=vocab_size),
+        read=read,
+        notes=(*source.notes, note),
+    )
+
+
+def geometry_of(shapes: Mapping[str, tuple[int, ...]], origin: str, **known: Any) -> ModelConfig:
+    """The geometry that a model's tensors have (names inside the package), for formats that do not state it.
+
+    One of the named sizes where it is one, so that its multipliers read as the paper's. ``known`` are further fields of
+    ModelConfig; without q_norm tensors ``head_dim`` must be among them. UserError for shapes that are not an OpenELM's.
+    """
+    try:
+        vocab_size, model_dim = shapes["token_embeddings.weight"]
+        layers = len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
+        qk_norm = "layers.0.attn.q_norm.weight" in shapes
+        head_dim = shapes["layers.0.attn.q_norm.weight"][0] if qk_norm else known["head_dim"]
+        query = [shapes[f"layers.{i}.attn.out_proj.weight"][1] // head_dim for i in range(layers)]
+        total = [shapes[f"layers.{i}.attn.qkv_proj.weight"][0] // head_dim for i in range(layers)]
+        ffn = [shapes[f"layers.{i}.ffn.proj_2.weight"][1] for i in range(layers)]
+        groups = {2 * q // (t - q) for q, t in zip(query, total, strict=True)}
+        (num_gqa_groups,) = groups
+    except KeyError as error:
+        raise UserError(f"{origin} is not an OpenELM: it lacks {error.args[0]}") from error
+    except (ValueError, ZeroDivisionError, IndexError) as error:
+        raise UserError(f"{origin}: the shapes of its tensors are not those of an OpenELM ({error})") from error
+    given = {
+        **known,
+        "vocab_size": vocab_size,
+        "normalize_qk_projections": qk_norm,
+        "share_input_output_layers": "classifier.weight" not in shapes,
+    }
+    for size in SIZES:
+        config = ModelConfig.from_name(size)
+        same = (config.model_dim, config.head_dim, config.num_gqa_groups) == (model_dim, head_dim, num_gqa_groups)
+        if same and list(config.num_query_heads) == query and list(config.ffn_dims) == ffn:
+            return config.changed(**given)
+    return ModelConfig(
+        **{
+            **given,
+            "model_dim": model_dim,
+            "head_dim": head_dim,
+            "num_transformer_layers": layers,
+            "num_gqa_groups": num_gqa_groups,
+            "qkv_multipliers": tuple(q * head_dim / model_dim for q in query),
+            "ffn_multipliers": tuple(width / model_dim for width in ffn),
+            "ffn_dim_divisor": math.gcd(*ffn),
+        }
+    )
