@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-transformers-4 check clean
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -36,10 +36,20 @@ runs/demo/summary.json: | .venv/user
 test: .venv/developer
 	$(BIN)/python -m pytest
 
+# The transformers model with the older transformers, in an environment of its own.
+test-transformers-4: .venv-transformers-4/ready
+	.venv-transformers-4/bin/python -m pytest tests/interop/test_modeling.py
+
+.venv-transformers-4/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/pip install --quiet "$(TORCH)"
+	.venv-transformers-4/bin/pip install --quiet --constraint constraints.txt --editable . 'transformers==4.57.*' accelerate pytest
+	touch $@
+
 check: .venv/developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-transformers-4 runs build dist

@@ -19,6 +19,8 @@ COMMANDS = {
     "average": "average the last checkpoints of a run into a model",
     "generate": "continue a text",
     "perplexity": "bits per byte and perplexity of any text",
+    "convert": "convert a model for transformers, CoreNet, mlx-lm, llama.cpp or Ollama",
+    "push": "publish a run or a model on the Hugging Face Hub",
     "bench": "measure training and data speed against the machine's roof",
     "report": "draw the report of a run",
     "env": "show versions and hardware",

@@ -130,6 +130,7 @@ class TrainSection(Section):
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     timeout_s: float = Field(default=600.0, gt=0)
     init_from: str | None = None
+    init_optimizer: bool = False
     checkpoint_every: Int = Field(default=1000, ge=1)
     async_checkpoints: bool = False
     keep_last: Int = Field(default=5, ge=1)
@@ -163,6 +164,8 @@ class TrainSection(Section):
             )
         if self.min_lr > self.lr:
             problems.append(f"train.min_lr={self.min_lr} must not be above train.lr={self.lr}: lower it")
+        if self.init_optimizer and not self.init_from:
+            problems.append("train.init_optimizer=true needs train.init_from, a training state of CoreNet: name one")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -8,10 +8,10 @@ import torch
 from openelm.data.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
 from openelm.errors import UserError
 from openelm.infer import engine as engine_module
-from openelm.infer.engine import Engine, StopFilter, decode, find_model_folder, native_dtype, prefill
+from openelm.infer.engine import Engine, StopFilter, decode, native_dtype, prefill
 from openelm.infer.sampling import Sampling
 from openelm.model.cache import Cache
-from openelm.model.folder import save_model
+from openelm.model.folder import find_model_folder, save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 import openelm
 from openelm.errors import UserError
 from openelm.model import folder as folder_module
-from openelm.model.folder import Slice, load_model, save_model, save_slices, to_folder_name
+from openelm.model.folder import load_config, load_model, open_tensors, save_model
 from openelm.model.geometry import ModelConfig
+from openelm.model.quantize import dequantize, fits, quantize
+from openelm.model.stored import PLACES, Slice, save_slices, to_folder_name
 from openelm.model.transformer import OpenELM, init_weights
 
 SMALL = dict(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=8, vocab_size=40)
@@ -294,7 +296,7 @@ def test_tensors_cut_by_rows_come_back_whole(tmp_path, row):
 )
 def test_places_that_make_no_sense_are_named(tmp_path, places):
     files = cut(tmp_path / "model", make(), 16)
-    save_file(load_file(files[0]), files[0], metadata={folder_module.PLACES: places})
+    save_file(load_file(files[0]), files[0], metadata={PLACES: places})
     with pytest.raises(UserError, match=r"model-0000[12]-of-00002\.safetensors"):
         load_model(tmp_path / "model")
 
@@ -308,3 +310,156 @@ def test_parts_of_another_number_of_parts_are_refused(tmp_path):
     shutil.copy(files[0], tmp_path / "model" / "model-0000x-of-0000x.safetensors")
     with pytest.raises(UserError, match=r"is not one of"):
         load_model(tmp_path / "model")
+
+
+# --- quantised folders, as mlx-lm writes them -------------------------------------------------------------------------
+
+QKV = "transformer.layers.1.attn.qkv_proj"
+OUT = "transformer.layers.1.attn.out_proj"
+
+
+def quantized(folder: Path, dtype: torch.dtype, **entries: object) -> OpenELM:
+    """Quantise a folder in place, 4 bits in groups of 32 unless ``entries`` say otherwise; the model it stands for."""
+    model = make(share_input_output_layers=False).to(dtype)
+    save_model(model, folder)
+    meant, tensors = model.state_dict(), {}
+    for name, tensor in model.state_dict().items():
+        stored = to_folder_name(name)
+        base = stored.removesuffix(".weight")
+        entry = entries.get(base, True)
+        how = entry if isinstance(entry, dict) else {"bits": 4, "group_size": 32}
+        if not entry or not fits(tuple(tensor.shape), how["group_size"]):
+            tensors[stored] = tensor
+            continue
+        packed = quantize(tensor, how["bits"], how["group_size"])
+        tensors |= {stored: packed.weight, f"{base}.scales": packed.scales, f"{base}.biases": packed.biases}
+        meant[name] = dequantize(packed)
+    save_file(tensors, folder / "model.safetensors")
+    set_config(folder, quantization={"bits": 4, "group_size": 32, "mode": "affine", **entries})
+    model.load_state_dict(meant)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_quantised_folder_is_read_as_the_values_that_it_stands_for(tmp_path, dtype):
+    expected = quantized(tmp_path / "model", dtype)
+    assert not same_bits(expected, make(share_input_output_layers=False).to(dtype))
+    assert same_bits(load_model(tmp_path / "model"), expected)
+    assert same_bits(load_model(tmp_path / "model", dtype=torch.float32), expected.float())
+
+
+def test_rows_of_a_quantised_matrix_are_read_alone(tmp_path):
+    expected = quantized(tmp_path / "model", torch.float32)
+    stored = open_tensors(tmp_path / "model")
+    table = expected.token_embeddings.weight
+    assert stored.shapes == {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
+    assert torch.equal(stored.read("token_embeddings.weight", 3, 5), table[3:8])
+    assert stored.read("token_embeddings.weight", 3, 0).shape == (0, 32)
+
+
+def test_layers_may_be_quantised_in_ways_of_their_own(tmp_path):
+    ways = {QKV: {"bits": 8, "group_size": 32}, OUT: False, "lm_head": {"bits": 8, "group_size": 32, "mode": "affine"}}
+    expected = quantized(tmp_path / "model", torch.float32, **ways)
+    assert same_bits(load_model(tmp_path / "model"), expected)
+    made = make(share_input_output_layers=False).state_dict()
+    assert torch.equal(expected.state_dict()["layers.1.attn.out_proj.weight"], made["layers.1.attn.out_proj.weight"])
+
+
+def test_an_entry_that_says_true_means_what_holds_for_all(tmp_path):
+    expected = quantized(tmp_path / "model", torch.float32, **{QKV: True})
+    assert same_bits(load_model(tmp_path / "model"), expected)
+
+
+def test_the_parts_of_a_matrix_may_stand_in_several_files(tmp_path):
+    expected = quantized(tmp_path / "model", torch.float32)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    names = sorted(tensors, key=lambda name: name.rpartition(".")[2])
+    for number, some in enumerate((names[:20], names[20:]), start=1):
+        file = tmp_path / "model" / f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in some}, file)
+    assert same_bits(load_model(tmp_path / "model"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_a_dtype_in_config_json_it_is_that_of_the_scales(tmp_path, dtype):
+    folder = tmp_path / "model"
+    expected = quantized(folder, dtype)
+    data = json.loads((folder / "config.json").read_text())
+    del data["dtype"]
+    (folder / "config.json").write_text(json.dumps(data))
+    assert load_config(folder) == (expected.config.changed(ffn_multipliers=expected.config.betas), dtype)
+    assert same_bits(load_model(folder), expected)
+
+
+def cast(*names: str, dtype: torch.dtype):
+    return lambda t: t.update({name: t[name].to(dtype) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.pop(f"{QKV}.scales"),
+            r"qkv_proj\.(biases, of a quantised matrix|weight is of U32)",
+        ),
+        (lambda t: t.pop(f"{QKV}.biases"), r"qkv_proj\.scales stands without its biases"),
+        (lambda t: t.pop(f"{QKV}.weight"), r"qkv_proj\.scales stands without its weight"),
+        (
+            lambda t: t.update({f"{QKV}.scales": t[f"{QKV}.scales"][:, :0].clone()}),
+            r"qkv_proj\.scales: weight, scales and biases have shapes \(96, 4\), \(96, 0\), \(96, 1\), but 4 bits in "
+            r"groups of 32, as config\.json says, give \(96, 0\), \(96, 0\), \(96, 0\)",
+        ),
+        (lambda t: t.update({f"{QKV}.weight": t[f"{QKV}.weight"][:-1].clone()}), r"have shapes \(95, 4\), \(96, 1\)"),
+        (lambda t: t.update({f"{QKV}.scales": t[f"{QKV}.scales"][0].clone()}), r"have shapes \(96, 4\), \(1,\)"),
+        (cast(f"{QKV}.weight", dtype=torch.int32), r"qkv_proj\.scales: weight, scales and biases are of I32, F32, F32"),
+        (cast(f"{QKV}.biases", dtype=torch.bfloat16), r"are of U32, F32, BF16: they must be U32 and twice the same"),
+        (cast(f"{QKV}.scales", f"{QKV}.biases", dtype=torch.int8), r"are of U32, I8, I8"),
+    ],
+)
+def test_parts_of_a_quantised_matrix_that_do_not_fit_are_named(tmp_path, change, said):
+    quantized(tmp_path / "model", torch.float32)
+    edit(tmp_path / "model", change)
+    with pytest.raises(UserError, match=r"model\.safetensors.*" + said):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"bits": 3, "group_size": 64}, "quantization: bits 3, group_size 64"),
+        ({"bits": 4, "group_size": 48}, "group_size 48"),
+        ({"bits": 4.0, "group_size": 32}, r"bits 4\.0"),
+        ({"bits": [4], "group_size": 32}, r"bits \[4\]"),
+        ({"group_size": 64}, "bits None"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode 'mxfp4'.*mode 'affine' can be read"),
+        ({"bits": 4, "group_size": 32, QKV: {"bits": 6, "group_size": 32}}, f"quantization of {QKV}: bits 6"),
+        ("4bit", "quantization '4bit': it must be an object"),
+        # Says another packing than the one that is there.
+        ({"bits": 8, "group_size": 32}, r"have shapes .* but 8 bits in groups of 32"),
+        ({"bits": 4, "group_size": 64}, r"have shapes .* but 4 bits in groups of 64"),
+        (
+            {"bits": 4, "group_size": 32, QKV: False},
+            r"qkv_proj\.(weight is of U32|(scales|biases), of a quantised matrix)",
+        ),
+        (None, r"is of U32: weights must be of|(scales|biases), of a quantised matrix, but"),
+    ],
+    ids=str,
+)
+def test_a_quantisation_that_cannot_be_read_is_explained(tmp_path, entries, said):
+    quantized(tmp_path / "model", torch.float32)
+    set_config(tmp_path / "model", quantization=entries)
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path / "model")
+
+
+def test_other_methods_of_quantisation_are_refused(saved):
+    set_config(saved, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(UserError, match=r"config\.json: weights quantised as .*awq.* cannot be read"):
+        load_model(saved)
+
+
+def test_weights_of_whole_numbers_are_not_taken_for_floats(saved):
+    edit(saved, lambda t: t.update({"transformer.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    with pytest.raises(UserError, match=r"transformer\.norm\.weight is of I8: weights must be of F64, F32, F16, BF16"):
+        load_model(saved)

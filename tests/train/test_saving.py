@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from openelm.errors import UserError
 from openelm.files import remove_drafts
-from openelm.model import folder as folder_module
+from openelm.model import stored
 from openelm.model.folder import load_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
@@ -491,8 +491,8 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch):
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
 
-    monkeypatch.setattr(folder_module, "OPEN_FILES", 2)
-    monkeypatch.setattr(folder_module, "safe_open", Counting)
+    monkeypatch.setattr(stored, "OPEN_FILES", 2)
+    monkeypatch.setattr(stored, "safe_open", Counting)
     reader = checkpoint_module.Opened(checkpoints.path(5))
     assert_same(reader, make(5), 2)
     assert len(reader._weights._opened) <= 2

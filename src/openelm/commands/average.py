@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is no model folder, so it is not replaced: choose another folder with --out")
 
     from openelm.files import whole_folder
+    from openelm.interop.transformers_folder import complete
     from openelm.model.folder import DTYPES, write_model
     from openelm.train.average import Average, exponential_average
 
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         write_model(draft, config, read, DTYPES[args.dtype])
         if tokenizer is not None:
             tokenizer.save(draft)
+        complete(draft)
     if tokenizer is None:
         print(f"{folder} holds no tokenizer in model/ or tokenizer/: {out} is written without one", file=sys.stderr)
     if args.json:

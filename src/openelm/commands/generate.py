@@ -18,7 +18,7 @@ EXAMPLE = 'openelm generate runs/demo --prompt "def main(" --max-tokens 100 --te
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``openelm generate``."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, or run folder (its model/ is taken)")
+    parser.add_argument("model", metavar="MODEL", help="model folder, run folder (its model/ is taken), or Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: all of standard input)")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
@@ -51,20 +51,32 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="a tokenizer for a model without one: file, folder or Hub id"
+    )
 
 
 def load_engine(args: argparse.Namespace) -> Engine:
-    """The engine that MODEL, --dtype, --device and --threads ask for."""
+    """The engine that MODEL, --tokenizer, --dtype, --device and --threads ask for."""
     import torch
 
     from openelm.infer.engine import Engine
-    from openelm.model.folder import DTYPES
+    from openelm.interop.hub import TOKENIZER_FILES, model_path, tokenizer_help, tokenizer_path
+    from openelm.model.folder import DTYPES, find_model_folder
 
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads} must be at least 1")
         torch.set_num_threads(args.threads)
-    return Engine.load(args.model, dtype=DTYPES[args.dtype] if args.dtype else None, device=args.device)
+    folder = find_model_folder(model_path(args.model))
+    if not args.tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+        raise UserError(tokenizer_help(args.model))
+    return Engine.load(
+        folder,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        device=args.device,
+        tokenizer=tokenizer_path(args.tokenizer) if args.tokenizer else None,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ EXAMPLE = "openelm perplexity runs/demo README.md docs/architecture.md"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``openelm perplexity``."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, or run folder (its model/ is taken)")
+    parser.add_argument("model", metavar="MODEL", help="model folder, run folder (its model/ is taken), or Hub id")
     parser.add_argument("files", metavar="FILE", nargs="+", help="UTF-8 text, each file one document")
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: half of the model's context)"

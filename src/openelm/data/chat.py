@@ -16,6 +16,12 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
+# For models tuned with the Alignment Handbook, which puts an empty system turn where a conversation has none.
+HANDBOOK_TEMPLATE = (
+    "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    "{{- '<|system|>\\n' + eos_token + '\\n' -}}"
+    "{%- endif -%}" + CHAT_TEMPLATE
+)
 
 
 def render_chat(

@@ -57,6 +57,11 @@ class Tokenizer:
             return cls(JsonBackend(raw, file))
         return cls(SentencePieceBackend(raw, file))
 
+    @property
+    def backend(self) -> Backend:
+        """The library's side of it, for those who write it in a format of their own."""
+        return self._backend
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without BOS and EOS; "</s>" in it is four characters, not the end of the text."""
         try:

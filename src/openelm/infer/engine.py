@@ -23,7 +23,7 @@ from openelm.data.tokenizer import StreamDecoder, Tokenizer
 from openelm.errors import UserError
 from openelm.infer.sampling import Sampling, next_tokens
 from openelm.model.cache import Cache
-from openelm.model.folder import load_config, load_model
+from openelm.model.folder import find_model_folder, load_config, load_model
 from openelm.model.transformer import OpenELM
 
 GREEDY = Sampling()
@@ -83,18 +83,23 @@ class Engine:
 
     @classmethod
     def load(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        tokenizer: str | Path | None = None,
     ) -> Engine:
-        """Open a model folder, or the ``model/`` of a run folder.
+        """Open a model folder, or the ``model/`` of a run folder; ``tokenizer`` for one that holds none.
 
         By default on the fastest device here, in the dtype of the weights where that device computes in it.
         """
         folder = find_model_folder(Path(folder))
         device = checked_device(device)
-        tokenizer = Tokenizer.load(folder)
+        words = Tokenizer.load(tokenizer or folder)
         if dtype is None:
             dtype = native_dtype(load_config(folder)[1], device)
-        return cls(load_model(folder, dtype=dtype, device=device), tokenizer)
+        return cls(load_model(folder, dtype=dtype, device=device), words)
 
     @property
     def device(self) -> torch.device:
@@ -326,15 +331,6 @@ def checked_stops(stops: Sequence[str]) -> tuple[str, ...]:
     if isinstance(stops, str) or not all(stops):
         raise UserError(f"stop={stops!r} must be a list of strings that are not empty")
     return tuple(stops)
-
-
-def find_model_folder(path: Path) -> Path:
-    """``path`` itself where it is a model folder, ``path/model`` where it is a run folder."""
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    reason = "has no config.json, and no model/ with one" if path.is_dir() else "is not a folder"
-    raise UserError(f"{path} {reason}: give a model folder, or a run folder whose model/ is written")
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:

@@ -1,10 +1,221 @@
-"""Model cards: README.md with licence, base model, data, evaluation, and what the model must not be trusted with."""
+"""Model cards: README.md with licence, base model, data, evaluation, and what the model must not be trusted with.
+
+A card is YAML between two lines of dashes, which the Hub reads (huggingface_hub's ModelCardData has its keys), and
+Markdown below.
+"""
 
 from __future__ import annotations
 
-from openelm.interop.source import Source
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from openelm import __version__
+from openelm.environment import DISTRIBUTION
+from openelm.interop.hub import HUB_ID
+
+if TYPE_CHECKING:
+    from openelm.config import RunConfig
+    from openelm.interop.source import Source
+
+Metadata = dict[str, Any]
+
+HUB = "https://huggingface.co"
+# What of a source's metadata holds for its conversion too.
+KEPT = (
+    *("license", "license_name", "license_link", "base_model", "language", "datasets", "metrics", "tags"),
+    *("pipeline_tag", "model-index"),
+)
+OURS = ("openelm", "layer-wise-scaling")  # tags
+CONVERTED, CONTENTS = "Converted with OpenELM", "In this repository"  # our sections in any card
+CARRIED = ("Licence", "Data", "Bias, risks and limitations")
+APPLE = re.compile(r"apple/OpenELM-[\w.-]+")
+APPLE_LICENCE = "apple-amlr"
+IN_WORDS = {
+    APPLE_LICENCE: "Apple's model licence for research: for research only, for no product and nothing commercial; "
+    "whoever passes the weights on passes the licence on",
+}
+RISKS = """\
+A base model: it continues text and was not tuned to follow instructions or to be safe. It repeats what its data holds,
+mistakes and prejudices included. Test it for your use before anyone relies on it."""
 
 
-def converted_card(source: Source) -> str:
-    """The card of a converted model: that of its source where it has one."""
-    return source.card or f"# {source.origin}\n"
+def converted_card(source: Source, *, library: str = "transformers") -> str:
+    """The card of a converted model: that of its source, and a section on the conversion.
+
+    ``library`` is the one that the Hub is to show a snippet for. Where the source has no card, the new one says that
+    nothing is known. Converting again renews the section and keeps its notes.
+    """
+    old, body = parse(source.card or "")
+    origin = hub_id(source.origin)
+    metadata = {key: old[key] for key in KEPT if old.get(key)}
+    if origin:
+        metadata["base_model"] = origin
+    base = _text(metadata.get("base_model"))
+    if _text(metadata.get("license")) in ("", "unknown"):
+        metadata["license"] = APPLE_LICENCE if APPLE.fullmatch(base) else "unknown"
+    link = metadata.get("license_link")
+    if origin and isinstance(link, str) and "://" not in link:
+        metadata["license_link"] = f"{HUB}/{origin}/blob/main/{link}"  # the file itself stays there
+    metadata |= {"library_name": library, "pipeline_tag": "text-generation", "tags": _tags(old.get("tags"))}
+    name = (origin or source.origin).rstrip("/").rpartition("/")[2]
+    if not body.strip():
+        body = (
+            f"# {name}\n\nThe model that this was converted from has no card: its data, its evaluation, its bias, "
+            "risks and limitations are not known here."
+        )
+    whose = f"[{base}]({HUB}/{base})" if HUB_ID.fullmatch(base) else f"`{name}`"
+    notes = [*_bullets(section(body, CONVERTED)), *(f"- {' '.join(note.split())}" for note in source.notes)]
+    text = (
+        f"The weights are those of {whose}, written in another layout by {DISTRIBUTION} {__version__}. "
+        f"{_licence(metadata)}"
+    )
+    return render(metadata, with_section(body, CONVERTED, "\n\n".join([text, "\n".join(dict.fromkeys(notes))])))
+
+
+def trained_card(
+    config: RunConfig, *, parameters: int, steps: int, tokens: int, bits_per_byte: float | None = None
+) -> str:
+    """The card of a pre-training run's model; ``bits_per_byte`` on held-out text, where it was measured.
+
+    Licence and base model are carried over where the run began from a model whose card states them.
+    """
+    start = config.train.init_from
+    inherited = _card_of(Path(start)) if start else {}
+    metadata = {key: inherited[key] for key in ("license", "license_name", "license_link") if inherited.get(key)}
+    if base := (hub_id(start) if start else "") or _text(inherited.get("base_model")):
+        metadata["base_model"] = base
+    if datasets := sorted({found[1] for s in config.data.sources if (found := _DATASET.match(s.path))}):
+        metadata["datasets"] = datasets
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(OURS)}
+    if bits_per_byte is not None:
+        metadata["model-index"] = [{"name": config.name, "results": [_result(bits_per_byte)]}]
+    licence = "To be set by whoever publishes it; it must respect those of the data."
+    if start:
+        licence = f"The run began from {base or f'`{Path(start).name}`'}. {_licence(metadata)}"
+    data = "\n".join(f"- {source.name}: `{source.path}`, share {source.share:g}" for source in config.data.sources)
+    score = "Not measured." if bits_per_byte is None else f"{bits_per_byte:.3f} bits per byte on held-out text."
+    body = f"""\
+# {config.name}
+
+An OpenELM language model with layer-wise scaling, {parameters:,} parameters, trained for {steps:,} steps on
+{tokens:,} tokens with {DISTRIBUTION} {__version__}.
+
+## Licence
+{licence}
+
+## Data
+{data}
+
+## Evaluation
+{score}
+
+## Bias, risks and limitations
+{RISKS}
+"""
+    return render(metadata, body)
+
+
+def published_card(card: str, name: str, contents: str) -> str:
+    """The card of a repository's main branch: that of the model, and a section on what is where."""
+    metadata, body = parse(card)
+    for key, value in (("library_name", "transformers"), ("pipeline_tag", "text-generation"), ("tags", list(OURS))):
+        metadata.setdefault(key, value)
+    return render(metadata, with_section(body if body.strip() else f"# {name}", CONTENTS, contents))
+
+
+def milestone_card(card: str, name: str, step: int, tokens: int | None) -> str:
+    """The card of a checkpoint: licence and data as the final model's ``card``, but none of its figures."""
+    metadata, body = parse(card)
+    metadata.pop("model-index", None)
+    seen = f" ({tokens:,} tokens)" if tokens is not None else ""
+    parts = [
+        f"# {name} after step {step:,}",
+        f"The weights after step {step:,}{seen} of the run whose final model, card and logs are on the branch `main`. "
+        "They are of one checkpoint, averaged with no other, and were not evaluated by themselves.",
+        *(f"## {heading}\n\n{text}" for heading in CARRIED if (text := section(body, heading))),
+    ]
+    return render(metadata, "\n\n".join(parts))
+
+
+def parse(card: str) -> tuple[Metadata, str]:
+    """(metadata, Markdown) of a card. A head that is not YAML of keys and values is left in the Markdown."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", card, re.DOTALL | re.MULTILINE)
+    if found is None:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}, card
+    return (metadata, card[found.end() :].lstrip("\r\n")) if isinstance(metadata, dict) else ({}, card)
+
+
+def render(metadata: Metadata, body: str) -> str:
+    """A card of metadata and Markdown."""
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---\n{body.strip()}\n"
+
+
+def section(body: str, heading: str) -> str:
+    """The text below "## ``heading``", up to the next heading as high; "" where there is none."""
+    found = _section(heading).search(body)
+    return found[1].strip() if found else ""
+
+
+def with_section(body: str, heading: str, text: str) -> str:
+    """The Markdown with that section at its end, in place of one that it had."""
+    return f"{_section(heading).sub('', body).strip()}\n\n## {heading}\n\n{text.strip()}\n"
+
+
+def hub_id(origin: str) -> str:
+    """The repository that ``origin`` names on the Hub, without its revision; "" where it is a path."""
+    found = HUB_ID.fullmatch(origin)
+    return found["repo"] if found and not Path(origin).exists() else ""
+
+
+_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+
+
+def _section(heading: str) -> re.Pattern[str]:
+    return re.compile(rf"^## {re.escape(heading)}[ \t]*\r?$(.*?)(?=^\#{{1,2}} |\Z)", re.DOTALL | re.MULTILINE)
+
+
+def _bullets(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("- ")]
+
+
+def _licence(metadata: Metadata) -> str:
+    """The licence in words; none is made up."""
+    licence = _text(metadata.get("license"))
+    name = _text(metadata.get("license_name")) or licence
+    if licence in ("", "unknown"):
+        return "Their licence is not known: the source states none. Ask whoever made them before you pass them on."
+    link = _text(metadata.get("license_link"))
+    known = f" ({IN_WORDS[licence]})" if licence in IN_WORDS else ""
+    return f"Their licence holds here too: {f'[{name}]({link})' if '://' in link else name}{known}."
+
+
+def _tags(found: object) -> list[str]:
+    tags = found if isinstance(found, list) else [found] if isinstance(found, str) else []
+    return list(dict.fromkeys([*map(str, tags), *OURS]))
+
+
+def _text(value: object) -> str:
+    """A key's value in one line; the first of several, as base_model may have."""
+    value = value[0] if isinstance(value, list) and value else value
+    return " ".join(str(value).split()) if isinstance(value, str) else ""
+
+
+def _card_of(folder: Path) -> Metadata:
+    readme = folder / "README.md"
+    return parse(readme.read_text(encoding="utf-8", errors="replace"))[0] if readme.is_file() else {}
+
+
+def _result(bits_per_byte: float) -> Metadata:
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": "held-out", "name": "held-out text of the run"},
+        "metrics": [{"type": "bits_per_byte", "value": round(bits_per_byte, 4)}],
+    }

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from openelm.errors import UserError
 from openelm.files import whole_folder
 from openelm.model.geometry import ModelConfig
+from openelm.model.quantize import BITS, GROUP_SIZES
 from openelm.model.safetensors_file import Entry, write_shards
+from openelm.model.stored import Packing, StoredTensors, from_folder_name, safetensors_files, to_folder_name
 from openelm.model.transformer import OpenELM
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PLACES = "openelm.rows"  # in a file's metadata: JSON of {tensor: [first row, shape of the whole]}
-OPEN_FILES = 16  # that a reader keeps open
 
 
 class Tokenizer(Protocol):
@@ -75,10 +72,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in OpenELM(config).state_dict().items()}
 
 
-def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json."""
+def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype, more: Mapping[str, Any] | None = None) -> None:
+    """Write config.json, with further keys where there are ``more``, and generation_config.json."""
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(folder / "config.json", config_to_folder(config, dtype))
+    _write_json(folder / "config.json", {**config_to_folder(config, dtype), **(more or {})})
     _write_json(folder / "generation_config.json", ends)
 
 
@@ -96,8 +93,41 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
     return model.eval().requires_grad_(False)
 
 
+def find_model_folder(path: Path) -> Path:
+    """``path`` itself where it is a model folder, ``path/model`` where it is a run folder."""
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    reason = "has no config.json, and no model/ with one" if path.is_dir() else "is not a folder"
+    raise UserError(f"{path} {reason}: give a model folder, or a run folder whose model/ is written")
+
+
 def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Geometry and dtype that a folder's config.json states."""
+    """Geometry and dtype that a folder's config.json states.
+
+    Without a dtype it is float32, or that of the scales where the matrices are quantised.
+    """
+    path, data = folder / "config.json", _read_config(folder)
+    if data.get("model_type") != "openelm":
+        raise UserError(f"{path} says model_type {data.get('model_type')!r}: only 'openelm' can be read")
+    name = data.get("dtype") or data.get("torch_dtype")
+    if name is not None and name not in DTYPES:
+        raise UserError(f"{path} says dtype {name!r}: it must be one of {', '.join(DTYPES)}")
+    known = {f.name for f in fields(ModelConfig)}
+    for key in ("model_dim", "num_transformer_layers"):
+        if key not in data:
+            raise UserError(f"{path} lacks {key}, without which there is no model")
+    try:
+        config = ModelConfig(**{k: v for k, v in data.items() if k in known})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if name is not None:
+        return config, DTYPES[name]
+    quantized = open_tensors(folder).quantized_dtype if "quantization" in data else None
+    return config, quantized or torch.float32
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
@@ -107,19 +137,7 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold an object with the model's keys")
-    if data.get("model_type") != "openelm":
-        raise UserError(f"{path} says model_type {data.get('model_type')!r}: only 'openelm' can be read")
-    name = data.get("dtype") or data.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise UserError(f"{path} says dtype {name!r}: it must be one of {', '.join(DTYPES)}")
-    known = {f.name for f in fields(ModelConfig)}
-    for key in ("model_dim", "num_transformer_layers"):
-        if key not in data:
-            raise UserError(f"{path} lacks {key}, without which there is no model")
-    try:
-        return ModelConfig(**{k: v for k, v in data.items() if k in known}), DTYPES[name]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    return data
 
 
 def copy_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
@@ -131,8 +149,40 @@ def copy_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
 
 
 def open_tensors(folder: Path) -> StoredTensors:
-    """The tensors of a folder, by their names inside the package."""
-    return StoredTensors(safetensors_files(folder, "model"), from_folder_name)
+    """The tensors of a folder, by their names inside the package; quantised matrices as what they stand for."""
+    packing = _packings(folder / "config.json", _read_config(folder))
+    return StoredTensors(safetensors_files(folder, "model"), from_folder_name, packing)
+
+
+def _packings(path: Path, data: dict[str, Any]) -> Callable[[str], Packing | None]:
+    """How the matrix of a module is quantised, as config.json says: its own entry, or else what holds for all."""
+    entries = data.get("quantization")
+    if entries is None:
+        if other := data.get("quantization_config"):
+            raise UserError(
+                f"{path}: weights quantised as {other!r} cannot be read: take a folder that is not quantised"
+            )
+        return lambda _: None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} says quantization {entries!r}: it must be an object with bits and group_size")
+    default = _packing(path, "quantization", entries)
+    own = {
+        name: default if entry is True else _packing(path, f"quantization of {name}", entry) if entry else None
+        for name, entry in entries.items()
+        if isinstance(entry, dict | bool)
+    }
+    return lambda name: own.get(name, default)
+
+
+def _packing(path: Path, what: str, entry: dict[str, Any]) -> Packing:
+    bits, group_size, mode = entry.get("bits"), entry.get("group_size"), entry.get("mode", "affine")
+    whole = all(type(number) is int for number in (bits, group_size))
+    if not whole or bits not in BITS or group_size not in GROUP_SIZES or mode != "affine":
+        raise UserError(
+            f"{path} says for {what}: bits {bits!r}, group_size {group_size!r}, mode {mode!r}: only 4 or 8 bits, "
+            "groups of 32, 64 or 128 and mode 'affine' can be read"
+        )
+    return Packing(bits, group_size)
 
 
 def config_to_folder(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -146,182 +196,6 @@ def config_to_folder(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": next(name for name, value in DTYPES.items() if value == dtype),
         "use_cache": True,
     }
-
-
-def to_folder_name(name: str) -> str:
-    """A tensor's name in the folder (Hugging Face's) from the one inside the package (CoreNet's)."""
-    return "lm_head.weight" if name == "classifier.weight" else f"transformer.{name}"
-
-
-def from_folder_name(name: str) -> str:
-    """The other way round."""
-    return "classifier.weight" if name == "lm_head.weight" else name.removeprefix("transformer.")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What one holder has of a tensor: rows from ``first_row`` on; ``shape`` is that of the whole tensor."""
-
-    tensor: Tensor
-    first_row: int
-    shape: tuple[int, ...]
-
-    @classmethod
-    def whole(cls, tensor: Tensor) -> Slice:
-        """All of a tensor."""
-        return cls(tensor, 0, tuple(tensor.shape))
-
-
-def save_slices(file: Path, slices: dict[str, Slice]) -> None:
-    """Write slices as one safetensors file, whose metadata says where each stands in its whole tensor."""
-    tensors = {name: piece.tensor.detach().cpu().contiguous() for name, piece in slices.items()}
-    places = {name: [piece.first_row, list(piece.shape)] for name, piece in slices.items()}
-    # One entry only: safetensors writes several in any order, and the same slices are to give the same bytes.
-    save_file(tensors, file, metadata={PLACES: json.dumps(places)})
-
-
-@dataclass(frozen=True)
-class _Piece:
-    file: Path
-    stored: str  # its name there
-    first_row: int
-    rows: int
-
-
-class StoredTensors:
-    """The tensors of safetensors files, whole or cut by rows over several; only what is asked for is read.
-
-    ``rename`` gives the name to ask by from the one in the file. Raises UserError where a file is damaged, or where the
-    rows of a tensor are not all there exactly once.
-    """
-
-    def __init__(self, files: list[Path], rename: Callable[[str], str] = str) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._folder = files[0].parent
-        self._pieces: dict[str, list[_Piece]] = {}
-        self._opened: dict[Path, Any] = {}
-        for file in files:
-            self._add(file, rename)
-        for name, pieces in self._pieces.items():
-            pieces.sort(key=lambda piece: (piece.first_row, piece.rows))
-            _check_rows(pieces, self.shapes[name])
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError where these are not the tensors of a model with ``shapes``, naming the first that differs."""
-        for name, found in self.shapes.items():
-            piece = self._pieces[name][0]
-            if name == "classifier.weight" and name not in shapes:
-                continue  # some tools write the shared embedding twice
-            if name not in shapes:
-                raise UserError(f"{piece.file} holds {piece.stored}, which a model of this config.json does not have")
-            if found != shapes[name]:
-                raise UserError(f"{piece.file}: {piece.stored} has shape {found}, but config.json gives {shapes[name]}")
-        if missing := shapes.keys() - self.shapes.keys():
-            first = to_folder_name(min(missing))
-            raise UserError(f"{self._folder} lacks {len(missing)} tensors, the first of them {first}")
-
-    def read(self, name: str, first_row: int = 0, rows: int | None = None) -> Tensor:
-        """Rows ``first_row`` to ``first_row + rows`` (default: to the end) of a tensor, on the CPU."""
-        if name not in self.shapes:
-            raise UserError(f"{self._folder} holds no tensor {name}")
-        shape, pieces = self.shapes[name], self._pieces[name]
-        if not shape:
-            return self._mapped(pieces[0]).clone()
-        last_row = shape[0] if rows is None else first_row + rows
-        assert 0 <= first_row <= last_row <= shape[0], f"{name}: rows {first_row} to {last_row} of {shape}"
-        parts = [
-            self._mapped(p)[max(first_row - p.first_row, 0) : last_row - p.first_row]
-            for p in pieces
-            if p.first_row < last_row and first_row < p.first_row + p.rows
-        ] or [self._mapped(pieces[0])[:0]]
-        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-
-    def copy(self, name: str, target: Tensor) -> None:
-        """Fill ``target``, of the tensor's whole shape and any dtype and device."""
-        for piece in self._pieces[name]:
-            place = target[piece.first_row : piece.first_row + piece.rows] if target.dim() else target
-            place.copy_(self._mapped(piece))
-
-    def _mapped(self, piece: _Piece) -> Tensor:
-        """A piece as the file's own pages: nothing is read before it is used, and it must not outlive the file."""
-        try:
-            if piece.file not in self._opened:
-                if len(self._opened) >= OPEN_FILES:
-                    self._opened.clear()
-                self._opened[piece.file] = safe_open(piece.file, framework="pt")
-            tensor: Tensor = self._opened[piece.file].get_tensor(piece.stored)
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(piece.file, error) from error
-
-    def _add(self, file: Path, rename: Callable[[str], str]) -> None:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-                places = json.loads((tensors.metadata() or {}).get(PLACES, "{}"))
-            for stored, shape in found.items():
-                first_row, whole = places.get(stored, (0, shape))
-                if len(whole) != len(shape) or tuple(whole[1:]) != shape[1:]:
-                    raise ValueError(f"{stored} is of shape {shape} and said to be a part of {whole}")
-                name = rename(stored)
-                if self.shapes.setdefault(name, tuple(whole)) != tuple(whole):
-                    raise ValueError(f"{stored} is part of {whole} here, and of {self.shapes[name]} in another file")
-                piece = _Piece(file, stored, int(first_row), shape[0] if shape else 1)
-                self._pieces.setdefault(name, []).append(piece)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-            raise _unreadable(file, error) from error
-
-
-def safetensors_files(folder: Path, stem: str) -> list[Path]:
-    """The files of a folder's index, or STEM.safetensors, or all parts STEM-00001-of-00004.safetensors.
-
-    Raises UserError naming the first that is missing.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    parts = sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))
-    if index.is_file():
-        files = [folder / name for name in _indexed(index)]
-    elif parts and not (folder / f"{stem}.safetensors").is_file():
-        total = parts[-1].stem[-5:]
-        numbers = range(1, int(total) + 1) if total.isdecimal() else []
-        files = [folder / f"{stem}-{number:05}-of-{total}.safetensors" for number in numbers]
-        if strange := set(parts) - set(files):
-            raise UserError(f"{min(strange)} is not one of {total} parts: remove it, or take another folder")
-    else:
-        files = [folder / f"{stem}.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{folder} lacks {file.name}")
-    return files
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(map(os.fspath, weight_map.values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of tensors ({error!r})") from error
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} points outside the folder ({name!r}): refused")
-    return names
-
-
-def _check_rows(pieces: list[_Piece], shape: tuple[int, ...]) -> None:
-    """Every row of a whole tensor must stand in exactly one piece; they come sorted."""
-    row = 0
-    for piece in pieces:
-        if piece.first_row != row:
-            what = "rows of it are missing before that" if piece.first_row > row else "these stand elsewhere too"
-            raise UserError(f"{piece.file} holds {piece.stored} from row {piece.first_row} on, and {what}: refused")
-        row += piece.rows
-    if row != (shape[0] if shape else 1):
-        last = pieces[-1]
-        raise UserError(f"{last.file.parent} holds {row} of the {shape[0]} rows of {last.stored}: a part is missing")
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as safetensors ({error}): it is damaged or cut short")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

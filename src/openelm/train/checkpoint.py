@@ -27,20 +27,10 @@ from torch import Tensor
 
 from openelm.errors import UserError
 from openelm.files import disk_errors_named, put_in_place, remove_drafts, remove_folder, sync
-from openelm.model.folder import Slice as Slice
-from openelm.model.folder import (
-    StoredTensors,
-    copy_tensors,
-    load_config,
-    open_tensors,
-    safetensors_files,
-    save_slices,
-    tensor_shapes,
-    to_folder_name,
-    write_config,
-    write_model,
-)
+from openelm.model.folder import copy_tensors, load_config, open_tensors, tensor_shapes, write_config, write_model
 from openelm.model.geometry import ModelConfig
+from openelm.model.stored import Slice as Slice
+from openelm.model.stored import StoredTensors, safetensors_files, save_slices, to_folder_name
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

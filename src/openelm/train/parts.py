@@ -23,9 +23,11 @@ from openelm.data.stream import TokenStream, is_held_out
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.data.walk import documents_once
 from openelm.errors import UserError
-from openelm.model.folder import load_config, open_tensors
+from openelm.interop import corenet_state
+from openelm.interop.convert import open_source
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, initial_weights
+from openelm.train.checkpoint import GEOMETRY
 from openelm.train.parallel import World, build
 
 
@@ -82,9 +84,16 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
 
     A trained one is kept in the cache (OPENELM_CACHE, or ~/.cache/openelm) under the hash of what it depends on.
     """
-    path = config.tokenizer.path or config.train.init_from
-    if path:
-        return Tokenizer.load(path)
+    if config.tokenizer.path:
+        return Tokenizer.load(config.tokenizer.path)
+    if config.train.init_from:
+        found = open_source(config.train.init_from).tokenizer
+        if found is None:
+            raise UserError(
+                f"train.init_from={config.train.init_from} has no tokenizer: set tokenizer.path to the one that its "
+                "text was cut with"
+            )
+        return found
     key = json.dumps(
         [config.tokenizer.model_dump(), config.data.held_out, config.seed, sys.version]
         + [(asdict(source), [(asdict(u), _modified(u.path)) for u in find_units(source)]) for source in sources(config)]
@@ -135,17 +144,37 @@ def geometry(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     if config.train.init_from:
-        start, _ = load_config(Path(config.train.init_from))
-        differing = [k for k, v in start.as_dict().items() if model.as_dict()[k] != v]
-        if start.betas == model.betas and start.alphas == model.alphas:
-            differing = [k for k in differing if k not in ("ffn_multipliers", "qkv_multipliers")]
+        start = open_source(config.train.init_from).config
+        differing = [
+            f"{name} ({getattr(start, name)} there, {getattr(model, name)} here)"
+            for name in GEOMETRY
+            if getattr(start, name) != getattr(model, name)
+        ]
         if differing:
             raise UserError(
-                f"train.init_from={config.train.init_from} differs from the recipe's model in "
-                + ", ".join(f"{k} ({start.as_dict()[k]} there, {model.as_dict()[k]} here)" for k in differing)
-                + ": set the recipe's model to the folder's"
+                f"train.init_from={config.train.init_from} differs from the recipe's model in {', '.join(differing)}: "
+                "set the recipe's model to that"
             )
+    if config.train.init_optimizer:
+        training_state(config)
     return model
+
+
+def training_state(config: RunConfig) -> corenet_state.TrainingState:
+    """Step and moments that the run goes on from; UserError where train.init_from has none, or they are too late."""
+    path = Path(config.train.init_from or "")
+    if not path.is_file():
+        raise UserError(
+            f"train.init_optimizer=true needs a training state of CoreNet, and {path} is none: leave it out; a run of "
+            "ours goes on with --resume"
+        )
+    state = corenet_state.training_state(path)
+    if state.step >= config.train.steps:
+        raise UserError(
+            f"{path} is of step {state.step}, so train.steps={config.train.steps} leaves nothing to do: set "
+            "train.steps to that of the whole run"
+        )
+    return state
 
 
 def build_model(config: RunConfig, geometry: ModelConfig, world: World, dtype: torch.dtype) -> OpenELM:
@@ -155,9 +184,8 @@ def build_model(config: RunConfig, geometry: ModelConfig, world: World, dtype: t
     def weights(model: OpenELM) -> Iterable[tuple[str, Tensor]]:
         if train.init_from:
             # A tensor at a time: each of a machine's ranks would hold the whole model otherwise.
-            stored = open_tensors(Path(train.init_from))
-            stored.check({name: tuple(weight.shape) for name, weight in model.named_parameters()})
-            return ((name, stored.read(name)) for name, _ in model.named_parameters())
+            source = open_source(train.init_from)
+            return ((name, source.weight(name)) for name, _ in model.named_parameters())
         return initial_weights(model, config.seed)
 
     return build(

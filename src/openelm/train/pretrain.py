@@ -23,6 +23,8 @@ from openelm.data.stream import TokenStream
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import Stopped, UserError
 from openelm.files import remove_drafts, whole_folder, write_json
+from openelm.interop.card import trained_card
+from openelm.interop.transformers_folder import complete
 from openelm.model.folder import write_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
@@ -91,7 +93,7 @@ def pretrain(
 
         begun = world.first(begin)
         ready = world.each(lambda: _assemble(config, run, world, begun))
-        start = world.each(lambda: _load(ready, resume_step)) if begun.resumed else loop.Reached(0, 0)
+        start = world.each(lambda: _load(ready, resume_step) if begun.resumed else _first(ready))
         elapsed_s = world.first(lambda: cut_back(run / "metrics.jsonl", start.step))
         tracking = trackers(run, tensorboard=train.tensorboard, wandb=train.wandb) if world.rank == 0 else ()
         with Recorder(run, steps=train.steps, elapsed_s=elapsed_s, rank=world.rank, trackers=tracking) as recorder:
@@ -182,10 +184,22 @@ def _assemble(config: RunConfig, run: Path, world: World, begun: Begun) -> Parts
 def _load(ready: Parts, step: int | None) -> loop.Reached:
     """Put a run where its checkpoint was; at the beginning, where it was stopped before the first one."""
     if not ready.checkpoints.steps() and step is None:
-        return loop.Reached(0, 0)
+        return _first(ready)
     state = ready.keeper.load(step)
     ready.stream.restore(state.stream)
     return loop.Reached(state.step, state.tokens)
+
+
+def _first(ready: Parts) -> loop.Reached:
+    """Where a run begins: at step 0, or with the moments and at the step of the training state that it names.
+
+    Its rows are the first in any case: where others were in their data, no file of theirs says.
+    """
+    if not ready.config.train.init_optimizer:
+        return loop.Reached(0, 0)
+    state = parts.training_state(ready.config)
+    ready.optimizer.load_state(lambda key: state.read(key, *ready.world.part(state.shape(key))))
+    return loop.Reached(state.step, 0)
 
 
 def _train(ready: Parts, recorder: Recorder, stopping: Stopping, start: loop.Reached) -> loop.Reached:
@@ -264,7 +278,13 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
 
     def write(folder: str, read: Callable[[str], Tensor], name: str) -> None:
         """On rank 0, which needs no other for it: checkpoints are files."""
-        card = model_card(config, ready.geometry, scores.get(name), reached)
+        card = trained_card(
+            config,
+            parameters=ready.geometry.num_parameters(),
+            steps=reached.step,
+            tokens=reached.tokens,
+            bits_per_byte=scores.get(name),
+        )
         world.first(lambda: _write_model(ready, run / folder, read, card))
 
     def average(steps: list[int]) -> Average:
@@ -311,33 +331,7 @@ def _write_model(ready: Parts, folder: Path, read: Callable[[str], Tensor], card
         write_model(draft, ready.geometry, read, torch.float32)
         ready.tokenizer.save(draft)
         (draft / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(config: RunConfig, geometry: ModelConfig, bits_per_byte: float | None, reached: loop.Reached) -> str:
-    """README.md of a model folder."""
-    data = "\n".join(f"- {source.name}: `{source.path}`, share {source.share:g}" for source in config.data.sources)
-    score = "not measured" if bits_per_byte is None else f"{bits_per_byte:.3f} bits per byte on held-out text"
-    base = f"\nbase_model: {config.train.init_from}" if config.train.init_from else ""
-    return f"""---
-library_name: openelm
-tags: [openelm, layer-wise-scaling]{base}
----
-# {config.name}
-
-An OpenELM language model with layer-wise scaling, {geometry.num_parameters():,} parameters, trained for
-{reached.step:,} steps on {reached.tokens:,} tokens. Licence: to be set by whoever publishes it; it must respect those
-of the data.
-
-## Data
-{data}
-
-## Evaluation
-{score}.
-
-## Bias, risks and limitations
-A base model: it continues text and was not tuned to follow instructions or to be safe. It repeats what its data holds,
-mistakes and prejudices included. Test it for your use before anyone relies on it.
-"""
+        complete(draft)
 
 
 def _say_what_begins(ready: Parts, recorder: Recorder, notes: list[str], step: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from openelm.model.folder import Slice
+from openelm.model.stored import Slice
 from openelm.train.checkpoint import Part
 
 
