@@ -20,25 +20,7 @@ from openelm.interop.target import Format
 from openelm.interop.verify import compare, verify
 from openelm.model.folder import load_model, save_model, tensor_shapes
 from openelm.model.geometry import SIZES, ModelConfig
-from openelm.model.transformer import OpenELM
-
-UNEVEN = dict(
-    model_dim=64,
-    num_transformer_layers=3,
-    head_dim=16,
-    num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.5),
-    ffn_multipliers=(0.5, 3.0),
-    ffn_dim_divisor=32,
-    vocab_size=448,
-    max_context_length=64,
-)
-
-
-def make(golden_weights, **changes: object) -> OpenELM:
-    model = OpenELM(ModelConfig(**{**UNEVEN, **changes}))
-    model.load_state_dict(golden_weights(model, 5))
-    return model.eval()
+from small_models import UNEVEN, make
 
 
 @pytest.fixture
@@ -348,6 +330,25 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, golden_weights, 
     folder = save_model(make(golden_weights, vocab_size=300), tmp_path / "model")
     assert run(folder, tmp_path / "out", "--to", "hf", "--tokenizer", tokenizer_file) == 2
     assert "the tokenizer has 400 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hf", "mlx"])
+def test_the_licence_goes_along(folder, tmp_path, name):
+    (folder / "LICENSE.txt").write_text("For research only.\n")
+    assert run(folder, tmp_path / "out", "--to", name) == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "For research only.\n"
+
+
+@pytest.mark.parametrize("name", ["gguf", "corenet"])
+def test_info_draws_the_geometry_of_a_file(folder, tmp_path, capsys, name):
+    assert run(folder, tmp_path / "weights", "--to", name) == 0
+    capsys.readouterr()
+    assert cli.run(["info", str(tmp_path / "weights"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    config = ModelConfig(**UNEVEN)
+    assert figures["parameters"] == config.num_parameters()
+    assert figures["ffn_dims"] == list(config.ffn_dims)
+    assert figures["num_query_heads"] == list(config.num_query_heads)
 
 
 @pytest.mark.parametrize("chat", ["plain", "handbook"])

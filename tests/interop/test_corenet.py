@@ -25,18 +25,8 @@ from openelm.interop.source import Source, with_vocabulary
 from openelm.interop.target import Format
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
+from small_models import make
 
-UNEVEN = dict(
-    model_dim=64,
-    num_transformer_layers=3,
-    head_dim=16,
-    num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.5),
-    ffn_multipliers=(0.5, 3.0),
-    ffn_dim_divisor=32,
-    vocab_size=448,
-    max_context_length=64,
-)
 FP32 = Format(torch.float32)
 LAYER = "layers.1.attn.qkv_proj"
 
@@ -45,12 +35,6 @@ LAYER = "layers.1.attn.qkv_proj"
 def model(golden_weights) -> OpenELM:
     """Three layers, no two of them alike."""
     return make(golden_weights)
-
-
-def make(golden_weights, **changes: Any) -> OpenELM:
-    model = OpenELM(ModelConfig(**{**UNEVEN, **changes}))
-    model.load_state_dict(golden_weights(model, 5))
-    return model.eval()
 
 
 def as_corenet(model: OpenELM) -> nn.Module:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import small_models
 from openelm import cli
 from openelm.data import chat
 from openelm.data.tokenizer import Tokenizer
@@ -38,17 +39,6 @@ from openelm.model.transformer import OpenELM
 
 gguf = pytest.importorskip("gguf", reason="GGUF is written by the package gguf")
 
-UNEVEN = dict(
-    model_dim=64,
-    num_transformer_layers=3,
-    head_dim=16,
-    num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.5),
-    ffn_multipliers=(0.5, 3.0),
-    ffn_dim_divisor=32,
-    vocab_size=448,
-    max_context_length=64,
-)
 AWKWARD = [
     "",
     " ",
@@ -69,8 +59,7 @@ def make(tmp_path, golden_weights, tokenizer_file) -> Callable[..., Source]:
     """A tiny model with uneven layers as a source; its tokenizer knows fewer ids than it has rows."""
 
     def source(dtype: torch.dtype = torch.float32, **changes: object) -> Source:
-        model = OpenELM(ModelConfig(**{**UNEVEN, **changes}))
-        model.load_state_dict(golden_weights(model, 5))
+        model = small_models.make(golden_weights, **changes)
         folder = tmp_path / "model"
         save_model(model, folder, tokenizer=Tokenizer.load(tokenizer_file), dtype=dtype, overwrite=True)
         return open_folder(folder)

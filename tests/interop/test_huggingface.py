@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import openelm.interop.huggingface  # noqa: F401 (makes the Auto classes know OpenELM)
+import small_models
 from openelm.data.chat import CHAT_TEMPLATE, render_chat
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
@@ -32,17 +34,7 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 # fp32 with sums in another order: logits of a few units differ in the fifth digit.
 CLOSE = dict(rtol=0, atol=1e-4)
-UNEVEN = dict(
-    model_dim=64,
-    num_transformer_layers=3,
-    head_dim=16,
-    num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.5),
-    ffn_multipliers=(0.5, 3.0),
-    ffn_dim_divisor=32,
-    vocab_size=400,
-    max_context_length=64,
-)
+UNEVEN = {**small_models.UNEVEN, "vocab_size": 400}  # as many rows as the tokenizer has tokens
 AWKWARD = [
     "def read(self, size=-1):\n\treturn None  # naïve — 100 %",
     "  two spaces before,  two within, one after ",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import small_models
 from openelm.data.chat import CHAT_TEMPLATE
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
@@ -25,25 +26,12 @@ from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 
 ROOT = Path(__file__).parents[2]
-# As many rows as the tokenizer has tokens; query widths of 32, 64 and 96, so that not all rows are groups of 64.
-UNEVEN = dict(
-    model_dim=64,
-    num_transformer_layers=3,
-    head_dim=16,
-    num_gqa_groups=2,
-    qkv_multipliers=(0.5, 1.5),
-    ffn_multipliers=(0.5, 3.0),
-    ffn_dim_divisor=32,
-    vocab_size=400,
-    max_context_length=64,
-)
+UNEVEN = {**small_models.UNEVEN, "vocab_size": 400}  # as many rows as the tokenizer has tokens
 FORMATS = [("", 64), ("4bit", 32), ("4bit", 64), ("8bit", 32), ("8bit", 64)]
 
 
 def make(golden_weights, **changes: object) -> OpenELM:
-    model = OpenELM(ModelConfig(**{**UNEVEN, **changes}))
-    model.load_state_dict(golden_weights(model, 5))
-    return model.eval()
+    return small_models.make(golden_weights, **{**UNEVEN, **changes})
 
 
 @pytest.fixture

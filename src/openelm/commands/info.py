@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="a named size (270M), a model folder, a run folder, or a recipe; write ./270M for a folder of that name",
+        help="a named size (270M), a model or run folder, a GGUF or .pt file, or a recipe; ./270M is a folder so named",
     )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="another vocabulary")
     parser.add_argument("--max-context-length", type=int, metavar="N", help="another context length")
@@ -63,13 +63,25 @@ def find_geometry(target: str) -> tuple[str, ModelConfig]:
         return f"OpenELM-{target.removeprefix('OpenELM-')}", ModelConfig.from_name(target)
     if target not in recipe_names() and Path(target).is_dir():
         return target, _of_folder(Path(target))
+    if target not in recipe_names() and _is_weights(Path(target)):
+        from openelm.interop.convert import open_source
+
+        return target, open_source(target).config
     if target in recipe_names() or Path(target).is_file():
         config = load_recipe(target, [])
-        return f"recipe {target}", _of_model_section(config.model.model_dump(), _vocabulary(config))
+        return f"recipe {target}", _of_model_section(config.model.model_dump(), vocabulary(config))
     raise UserError(
         f"{target!r} is no named size ({', '.join(SIZES)}), no packaged recipe ({', '.join(recipe_names())}), and "
         "there is no such file or folder: give one of these"
     )
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file holds a model rather than a recipe: none of these bytes begins a text."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"GGUF", b"PK\x03\x04", b"\x80"))
 
 
 def _of_folder(folder: Path) -> ModelConfig:
@@ -110,15 +122,18 @@ def _of_model_section(section: dict[str, Any], vocabulary: int | None) -> ModelC
     return ModelConfig(**given)
 
 
-def _vocabulary(config: RunConfig) -> int | None:
-    """Tokens that a recipe's model will have rows for, unless its model section says."""
+def vocabulary(config: RunConfig) -> int:
+    """Rows that a recipe's model will have for its tokens, without training its tokenizer."""
     if config.model.vocab_size is not None:
-        return None
-    path = config.tokenizer.path or config.train.init_from
-    if path:
+        return config.model.vocab_size
+    if config.tokenizer.path:
         from openelm.data.tokenizer import Tokenizer
 
-        return Tokenizer.load(path).vocab_size
+        return Tokenizer.load(config.tokenizer.path).vocab_size
+    if config.train.init_from:
+        from openelm.interop.convert import open_source
+
+        return open_source(config.train.init_from).config.vocab_size
     return config.tokenizer.vocab_size
 
 

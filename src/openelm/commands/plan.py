@@ -132,13 +132,9 @@ def _dtype(wanted: str, gpu: str) -> torch.dtype:
 
 def _geometry(config: RunConfig) -> ModelConfig:
     """Of a recipe, without training its tokenizer: that will have the vocabulary that it asks for."""
-    path = config.tokenizer.path or config.train.init_from
-    vocabulary = config.tokenizer.vocab_size
-    if path and config.model.vocab_size is None:
-        from openelm.data.tokenizer import Tokenizer
+    from openelm.commands.info import vocabulary
 
-        vocabulary = Tokenizer.load(path).vocab_size
-    return config.model.build(vocab_size=vocabulary, bos_id=1, eos_id=2)
+    return config.model.build(vocab_size=vocabulary(config), bos_id=1, eos_id=2)
 
 
 def _rows(tokens: int, row_length: int) -> int:

@@ -90,7 +90,7 @@ def without_thread_count(raw: bytes) -> bytes:
         if number == _TRAINER:
             assert isinstance(value, bytes)
             spec = b"".join(value[a:b] for n, _, (a, b) in _fields(value) if n != _NUM_THREADS)
-            kept.append(bytes([_TRAINER << 3 | 2]) + _varint(len(spec)) + spec)
+            kept.append(field(_TRAINER, spec))
         else:
             kept.append(raw[span[0] : span[1]])
     return b"".join(kept)
@@ -207,6 +207,15 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """One field of a serialised message; a float takes four bytes."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value)
 
 
 def _varint(value: int) -> bytes:

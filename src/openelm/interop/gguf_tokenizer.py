@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from typing import Any
 
 from openelm.data.sentencepiece_model import (
@@ -14,6 +13,7 @@ from openelm.data.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
     Piece,
+    field,
     read_pieces,
     read_settings,
 )
@@ -166,31 +166,14 @@ def read_tokenizer(file: GGUFFile) -> tuple[Tokenizer | None, str]:
 def _sentencepiece_model(file: GGUFFile, pieces: list[Piece]) -> bytes:
     """A serialised model; the field numbers are those of sentencepiece_model.proto."""
     out = [
-        _field(1, _field(1, piece.text.encode()) + _field(2, float(piece.score)) + _field(3, int(piece.kind)))
+        field(1, field(1, piece.text.encode()) + field(2, float(piece.score)) + field(3, int(piece.kind)))
         for piece in pieces
     ]
-    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, 1)  # BPE, its size, byte fallback
+    trainer = field(3, 2) + field(4, len(pieces)) + field(35, 1)  # BPE, its size, byte fallback
     for number, key in ((45, "unknown"), (46, "bos"), (47, "eos"), (48, "padding")):
         id = file.get(f"{PREFIX}{key}_token_id", int, -1)
         if 0 <= id < len(pieces):
-            trainer += _field(number, pieces[id].text.encode())
+            trainer += field(number, pieces[id].text.encode())
     prefix = file.get(PREFIX + "add_space_prefix", bool, True)
-    normalizer = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, 0) + _field(5, 1)
-    return b"".join(out) + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | float | bytes) -> bytes:
-    """One field of a protocol-buffer message."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    normalizer = field(1, b"identity") + field(3, int(prefix)) + field(4, 0) + field(5, 1)
+    return b"".join(out) + field(2, trainer) + field(3, normalizer)

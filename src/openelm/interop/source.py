@@ -32,6 +32,7 @@ class Source:
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     card: str | None = None  # README.md of the source: licence and base model are carried over from it
+    licence: str | None = None  # text of its LICENSE file
     notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
 
     @property
@@ -71,6 +72,7 @@ def open_folder(folder: Path) -> Source:
         tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
         chat_template=read_text(folder / "chat_template.jinja"),
         card=read_text(folder / "README.md"),
+        licence=read_text(next(iter(sorted(folder.glob("LICENSE*"))), folder / "LICENSE")),
     )
 
 

@@ -43,9 +43,11 @@ class MissingEngineError(UserError):
 
 
 def write_beside(folder: Path, source: Source) -> None:
-    """What stands beside the weights in every folder: tokenizer, chat template, README.md."""
+    """What stands beside the weights in every folder: tokenizer, chat template, licence, README.md."""
     if source.tokenizer is not None:
         source.tokenizer.save(folder)
     if source.chat_template is not None:
         (folder / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
+    if source.licence is not None:
+        (folder / "LICENSE").write_text(source.licence, encoding="utf-8")
     (folder / "README.md").write_text(converted_card(source), encoding="utf-8")
