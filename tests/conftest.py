@@ -107,7 +107,7 @@ def recipe(text_folder, tokenizer_file, monkeypatch) -> dict[str, Any]:
     The roof for MFU is not measured and the report not drawn: both take longer than such a run, and have tests.
     """
     monkeypatch.setattr("openelm.train.pretrain.gemm_flops_per_s", lambda *_, **__: 1e12)
-    monkeypatch.setattr("openelm.report.page.write_report", lambda run: run / "report" / "index.html")
+    monkeypatch.setattr("openelm.report.page.write_report", lambda run, *_: run / "report" / "index.html")
     return {
         "name": "tiny",
         "seed": 1,
@@ -171,7 +171,7 @@ def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None
         os.dup2(handle, 1)
         os.dup2(handle, 2)
     pretrain.gemm_flops_per_s = lambda *_, **__: 1e12
-    page.write_report = lambda run: run / "report" / "index.html"
+    page.write_report = lambda run, *_: run / "report" / "index.html"
     main(arguments)
 
 

@@ -13,11 +13,12 @@ from openelm.errors import Stopped, UserError
 COMMANDS = {
     "info": "draw a geometry, count its parameters, FLOPs and bytes",
     "tokenizer": "train a tokenizer, or look at one",
-    "data": "inspect, count or hash the text of a recipe",
+    "data": "inspect, count or hash the text of a recipe; its overlap with test sets",
     "plan": "work out memory, time and cost of a run",
     "pretrain": "train a model from a recipe",
     "average": "average the last checkpoints of a run into a model",
     "generate": "continue a text",
+    "evaluate": "measure models on the paper's suites, or on any task of lm-evaluation-harness",
     "perplexity": "bits per byte and perplexity of any text",
     "convert": "convert a model for transformers, CoreNet, mlx-lm, llama.cpp or Ollama",
     "push": "publish a run or a model on the Hugging Face Hub",

@@ -140,6 +140,10 @@ class TrainSection(Section):
     sample_every: Int = Field(default=500, ge=1)
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: Int = Field(default=64, ge=1)
+    evaluate_every: Int = Field(default=0, ge=0)
+    evaluate_tasks: str = ""
+    evaluate_limit: Int = Field(default=100, ge=1)
+    evaluate_data: str | None = None
     log_every: Int = Field(default=1, ge=1)
     tensorboard: bool = False
     wandb: str | None = None
@@ -164,6 +168,10 @@ class TrainSection(Section):
             )
         if self.min_lr > self.lr:
             problems.append(f"train.min_lr={self.min_lr} must not be above train.lr={self.lr}: lower it")
+        if self.evaluate_every and not self.evaluate_tasks.strip(" ,"):
+            problems.append(
+                f"train.evaluate_every={self.evaluate_every} needs train.evaluate_tasks: name some, as in arc_easy,piqa"
+            )
         if self.init_optimizer and not self.init_from:
             problems.append("train.init_optimizer=true needs train.init_from, a training state of CoreNet: name one")
         if problems:

@@ -15,7 +15,7 @@ from typing import Any
 from openelm.errors import UserError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 @contextmanager
@@ -24,9 +24,8 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises UserError where ``path`` exists and ``overwrite`` is off, and where the disk is full: then nothing is left.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists, and nothing is overwritten unasked: choose another name, or pass --overwrite")
+    path = _followed(path)
+    _check_free(path, overwrite)
     draft = path.parent / f".{path.name}.tmp-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -35,6 +34,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield draft
             for file in [*draft.rglob("*"), draft]:
                 sync(file)
+            _check_free(path, overwrite)  # somebody else may have taken the name meanwhile
             put_in_place(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -54,15 +54,31 @@ def put_in_place(draft: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _followed(path: Path) -> Path:
+    """What a link points to: that is replaced, and the link stays."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists, and nothing is overwritten unasked: choose another name, or pass --overwrite")
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write; it replaces ``path`` only once it is whole and synced."""
-    path = Path(path)
+def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A file to write; it replaces ``path`` only once it is whole and synced.
+
+    Raises UserError where ``path`` exists and ``overwrite`` is off, and where the disk is full.
+    """
+    path = _followed(path)
+    _check_free(path, overwrite)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with disk_errors_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield draft
             sync(draft)
+            _check_free(path, overwrite)
             draft.replace(path)
             sync(path.parent)
     finally:
@@ -88,17 +104,33 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def remove_drafts(folder: Path, name: str = "*") -> None:
-    """Delete what a killed writer (of ``name``, or of anything) left behind in ``folder``."""
+def remove_drafts(folder: Path, name: str = "*", *, of_the_dead: bool = False) -> None:
+    """Delete what a killed writer (of ``name``, or of anything) left behind in ``folder``.
+
+    ``of_the_dead`` leaves alone the drafts of processes that live here: others may be writing under the same name.
+    """
     for old in folder.glob(f".{name}.old"):
         # A writer was killed between taking the old folder away and putting the new one there.
         final = folder / old.name[1:].removesuffix(".old")
         shutil.rmtree(old, ignore_errors=True) if final.exists() else old.rename(final)
     for draft in folder.glob(f".{name}.tmp-*"):
+        if of_the_dead and _lives(draft.name.rpartition("-")[2]):
+            continue
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    """Whether a process of that number runs here; what is no number is taken for one that does."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 def _move_away(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from openelm import Tokenizer, cli
 from openelm.data.tokenizer import train_tokenizer
+from openelm.evaluate.suites import Spec
 
 WORDS = ["def", "return", "import", "class", "self", "value", "number", "string", "list", "table"]
 
@@ -238,3 +240,214 @@ def test_overrides_may_stand_behind_the_options_of_an_action(text_folder, tokeni
     with pytest.raises(SystemExit):
         cli.run(["data", "hash", "demo", "--rows", "5", "stray"])
     assert "unrecognized arguments: stray" in capsys.readouterr().err
+
+
+# overlap
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> dict[str, Path]:
+    """Two sources and one of no share; three questions, of which one stands in `web`, and one in what is not read."""
+    question = [" ".join(f"{name}{i}" for i in range(16)) for name in ("apple", "berry", "cherry")]
+    texts = {
+        "web": ["Some other text.", f"Said he: {question[0].title()}!", None],
+        "books": ["nothing of the kind"],
+        "unused": [question[1]],
+    }
+    sources = []
+    for name, documents in texts.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        sources.append({"name": name, "path": str(path), "share": 0 if name == "unused" else 1})
+    train = {"steps": 2, "global_batch": 1, "micro_batch": 1, "lr": 0.1, "min_lr": 0.0}
+    model = {"model_dim": 32, "num_transformer_layers": 2, "head_dim": 16}
+    recipe, quiz = tmp_path / "planted.yaml", tmp_path / "quiz.jsonl"
+    recipe.write_text(yaml.safe_dump({"name": "planted", "model": model, "data": {"sources": sources}, "train": train}))
+    rows = [{"id": f"q{i}", "question": text, "answer": "Yes."} for i, text in enumerate(question)]
+    quiz.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "short", "question": "Why?"}]))
+    return {"recipe": recipe, "quiz": quiz, "web": tmp_path / "web.jsonl"}
+
+
+def test_overlap_names_the_examples_that_stand_in_the_training_text(
+    planted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "overlap", str(planted["recipe"]), "data.held_out=0", "--tests", str(planted["quiz"])]
+    found = json_of(capsys, *words)
+    text = " ".join(f"apple{i}" for i in range(16))
+    place = {"source": "web", "file": str(planted["web"]), "document": 1}
+    example = {"id": "q0", "words": 17, "covered": 16 / 17, "longest": {"words": 16, "text": text, **place}}
+    bytes_read = {"web": 16 + len(f"Said he: {text}!"), "books": 19}
+    assert found == {
+        "recipe": "planted",
+        "n": 13,
+        "complete": True,
+        "sources": {
+            name: {"documents": d, "held_out": 0, "undecodable": u, "bytes": bytes_read[name], "complete": True}
+            for name, d, u in (("web", 3, 1), ("books", 1, 0))
+        },
+        "sets": [
+            {
+                "set": str(planted["quiz"]),
+                "examples": 4,
+                "short": 1,
+                "shared": 1,
+                "share": 1 / 3,
+                "found": [example],
+            }
+        ],
+    }
+    assert json_of(capsys, *words, "--field", "question")["sets"][0]["found"] == [
+        {**example, "words": 16, "covered": 1}
+    ]
+    assert json_of(capsys, *words, "--n", "17")["sets"][0]["found"] == []
+    assert cli.run(words) == 0
+    shown = capsys.readouterr().out
+    assert f"example q0: 94% of 17 words, 16 in a row in web: {planted['web']}, document 1\n    apple0 apple1" in shown
+    assert cli.run([*words, "--show", "0"]) == 0
+    assert "q0" not in capsys.readouterr().out
+
+
+def test_overlap_does_not_look_at_what_is_held_out(
+    planted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "overlap", str(planted["recipe"]), "--tests", str(planted["quiz"])]
+    found = json_of(capsys, *words, "data.held_out=0.999")  # behind the files, as anyone would write it
+    assert found["sets"][0]["shared"] == 0
+    assert found["sources"]["web"]["held_out"] == 2
+
+
+def test_overlap_of_a_sample_says_that_it_is_one(planted: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "overlap", str(planted["recipe"]), "data.held_out=0", "--tests", str(planted["quiz"])]
+    found = json_of(capsys, *words, "--max-documents", "1")
+    assert (found["complete"], found["sources"]["web"]["documents"], found["sets"][0]["shared"]) == (False, 1, 0)
+    assert cli.run([*words, "--max-documents", "1"]) == 0
+    assert re.search(r"^web .* in part$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_overlap_that_is_interrupted_shows_what_was_found_so_far(
+    planted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openelm.data import overlap
+
+    def interrupted(text: str, fraction: float) -> bool:
+        if text.startswith("nothing"):
+            raise KeyboardInterrupt
+        return False
+
+    monkeypatch.setattr(overlap, "is_held_out", interrupted)
+    assert cli.run(["data", "overlap", str(planted["recipe"]), "--tests", str(planted["quiz"]), "--json"]) == 130
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "interrupted" in err and found["complete"] is False
+    assert found["sources"]["web"]["complete"] is True and found["sources"]["books"]["documents"] == 0
+    assert [example["id"] for example in found["sets"][0]["found"]] == ["q0"]
+
+
+class Task:
+    """As much of an lm-eval task as is asked for its examples."""
+
+    def __init__(self, kind: str, docs: list[dict[str, Any]]) -> None:
+        self.OUTPUT_TYPE, self.eval_docs = kind, docs
+
+    def doc_to_text(self, doc: dict[str, Any]) -> Any:
+        return doc["text"]
+
+    def doc_to_target(self, doc: dict[str, Any]) -> Any:
+        return doc["target"]
+
+    def doc_to_choice(self, doc: dict[str, Any]) -> list[str]:
+        return doc["choices"]
+
+
+def test_overlap_takes_prompt_and_right_answer_of_each_task_of_a_suite(
+    planted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = [" ".join(f"apple{i}" for i in part) for part in (range(9), range(9, 16), range(7))]
+    loaded = {
+        "chosen": Task("multiple_choice", [{"text": pieces[0], "target": 1, "choices": ["b", pieces[1]]}]),
+        # As WinoGrande: the choices are the beginnings, and the prompt says which is right.
+        "begun": Task("multiple_choice", [{"text": 0, "target": pieces[1], "choices": [pieces[0], "b"]}]),
+        "written": Task("generate_until", [{"text": pieces[0], "target": [pieces[1], 3]}]),
+        "wrong": Task("multiple_choice", [{"text": pieces[0], "target": 0, "choices": ["b", pieces[1]]}]),
+    }
+    asked = []
+
+    def load(spec: Spec, data: Path | None) -> dict[str, Any]:
+        asked.append((spec.task, spec.shots, data))
+        return {
+            "tasks": {"wrong": loaded["wrong"], **loaded} if spec.task == "group" else {spec.task: loaded[spec.task]}
+        }
+
+    specs = tuple(Spec(task, "acc", shots, task) for task, shots in (("chosen", 5), ("group", 0), ("chosen", 0)))
+    monkeypatch.setattr("openelm.evaluate.suites.suite", {"mine": specs}.__getitem__)
+    monkeypatch.setattr("openelm.evaluate.tasks.load", load)
+    words = ["data", "overlap", str(planted["recipe"]), "data.held_out=0"]
+    found = json_of(capsys, *words, "--suite", "mine", "--data", "texts")["sets"]
+    assert asked == [("chosen", 0, Path("texts")), ("group", 0, Path("texts"))]
+    assert [(one["set"], one["examples"], one["short"], one["shared"]) for one in found] == [
+        ("chosen", 1, 0, 1),
+        ("wrong", 1, 1, 0),
+        ("begun", 1, 0, 1),
+        ("written", 1, 0, 1),
+    ]
+    assert [one["found"][0]["words"] for one in found if one["found"]] == [16, 16, 17]
+
+
+def test_overlap_takes_the_tasks_of_the_harness_as_it_prompts_them(
+    planted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    rows = {
+        "winogrande/winogrande_xl": {
+            "sentence": "The cup would not fit on the shelf because _ was far too tall for it.",
+            "option1": "the shelf",
+            "option2": "the cup",
+            "answer": "2",
+        },
+        "piqa": {
+            "goal": "How do you keep an open book dry?",
+            "sol1": "Read it outside.",
+            "sol2": "Cover it.",
+            "label": 1,
+        },
+    }
+    for name, row in rows.items():
+        (tmp_path / "tests" / name).mkdir(parents=True)
+        (tmp_path / "tests" / name / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    texts = {
+        "winogrande": "the cup would not fit on the shelf because the cup was far too tall for it",
+        "piqa": "question how do you keep an open book dry answer cover it",
+    }
+    planted["web"].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
+    words = ["data", "overlap", str(planted["recipe"]), "data.held_out=0", "--tasks", ",".join(texts), "--n", "8"]
+    found = json_of(capsys, *words, "--data", str(tmp_path / "tests"))["sets"]
+    assert [(one["set"], one["share"]) for one in found] == [("winogrande", 1), ("piqa", 1)]
+    for number, one in enumerate(found):
+        (example,) = one["found"]
+        assert (example["id"], example["covered"], example["longest"]["document"]) == ("0", 1, number)
+        assert example["longest"]["text"] == texts[one["set"]]
+
+
+def test_overlap_refuses_what_cannot_be(
+    planted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, quiz = str(planted["recipe"]), str(planted["quiz"])
+
+    def refusal(*words: str) -> str:
+        assert cli.run(["data", "overlap", recipe, *words]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1
+        return err
+
+    assert "--n 0 must be at least 1" in refusal("--tests", quiz, "--n", "0")
+    assert "--max-documents 0 must be at least 1" in refusal("--tests", quiz, "--max-documents", "0")
+    assert "none of 4 test examples has 50 words" in refusal("--tests", quiz, "--n", "50")
+    assert "the longest has 17" in refusal("--tests", quiz, "--n", "50")
+    assert "none.jsonl" in refusal("--tests", quiz, str(tmp_path / "none.jsonl"))
+    assert "no text in a field 'body'" in refusal("--tests", quiz, "--field", "body")
+    assert "there is no suite" in refusal("--suite", "zero-shoot")
+    assert "--data x goes with --suite" in refusal("--tests", quiz, "--data", "x")
+    assert "--field x goes with --tests" in refusal("--suite", "zero-shot", "--field", "x")
+    with pytest.raises(SystemExit):
+        cli.run(["data", "overlap", recipe])
+    assert "--suite" in capsys.readouterr().err

@@ -89,6 +89,28 @@ def test_a_run_without_a_model_is_read_from_its_config(tmp_path: Path, capsys: p
     assert found["num_query_heads"] == list(config.num_query_heads)
 
 
+def test_files_of_other_engines_are_drawn_quantised_or_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_file: Path
+) -> None:
+    pytest.importorskip("gguf")
+    # As many rows as the tokenizer has, and rows that are whole blocks of 32 weights.
+    config = ModelConfig(**{**TINY, "vocab_size": 400, "ffn_dim_divisor": 32, "qkv_multipliers": (1.0, 2.0)})  # type: ignore[arg-type]
+    model = save_model(OpenELM(config), tmp_path / "model", dtype=torch.float32)
+    for name, *options in (
+        ("gguf", "--tokenizer", str(tokenizer_file)),
+        ("gguf", "--tokenizer", str(tokenizer_file), "--quantize", "Q4_0"),
+        ("ollama", "--tokenizer", str(tokenizer_file), "--quantize", "Q8_0"),
+        ("corenet",),
+    ):
+        written = tmp_path / "-".join([name, *options[3:]])
+        assert cli.run(["convert", str(model), str(written), "--to", name, *options]) == 0
+        capsys.readouterr()
+        found = figures(capsys, str(written))
+        assert found["num_query_heads"] == list(config.num_query_heads)
+        assert found["ffn_dims"] == list(config.ffn_dims)
+        assert found["parameters"] == config.num_parameters()
+
+
 def test_a_recipe_takes_the_vocabulary_of_the_tokenizer_that_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
     from openelm.config import load_recipe
 

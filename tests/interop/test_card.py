@@ -1,16 +1,21 @@
 """Model cards: what is carried over, what is said to be unknown, and what must not pile up."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from openelm import __version__
+from openelm import __version__, cli
 from openelm.config import RunConfig
+from openelm.data.tokenizer import Tokenizer
 from openelm.interop.card import converted_card, milestone_card, parse, published_card, trained_card
 from openelm.interop.source import Source
+from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM
 
 APPLE = """---
 license: apple-amlr
@@ -118,11 +123,20 @@ def test_a_local_folder_of_the_same_form_as_a_hub_id_is_no_base_model(tmp_path, 
         "---\nlicense: mit\n# Words, and no end\n",
         "---\n" + "[" * 3000 + "\n---\n# Words\n",
         "---\n!!python/object/apply:os.system [touch pwned]\n---\n# Words\n",
+        "---\na0: &a0 [x]\n"
+        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+        + "tags: *a9\n---\n# Words\n",
+        "---\nlicense: &mit mit\nbase: {<<: *mit}\n---\n# Words\n",
+        f"---\nlicense: mit\ntags: [{'x, ' * 2**20}]\n---\n# Words\n",
+        f"---\nlicense: mit\nmodel-index: 0x{'f' * 50_000}\n---\n# Words\n",
     ],
+    ids=["open", "list", "endless", "deep", "python", "billion laughs", "one alias", "too long", "a number too long"],
 )
 def test_a_head_that_is_not_yaml_is_left_as_words_and_runs_nothing(card, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    start_s = time.perf_counter()
     metadata, body = converted(card, "some/model")
+    assert time.perf_counter() - start_s < 5  # it would be hours
     assert metadata["license"] == "unknown" and "# Words" in body
     assert not (tmp_path / "pwned").exists()
 
@@ -166,19 +180,50 @@ def test_datasets_of_the_hub_are_named(recipe):
     assert metadata["datasets"] == ["tiiuae/falcon-refinedweb"]
 
 
+def trained_from(recipe: dict[str, Any], start: str, base_card: str | None) -> tuple[dict[str, Any], str]:
+    recipe["train"]["init_from"] = start
+    config = RunConfig.model_validate(recipe)
+    return parse(trained_card(config, parameters=1, steps=1, tokens=1, base_card=base_card))
+
+
 def test_a_run_that_began_from_apples_weights_stays_under_their_licence(recipe, tmp_path):
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "README.md").write_text(converted_card(source(APPLE)), encoding="utf-8")
-    recipe["train"]["init_from"] = str(tmp_path / "start")
-    metadata, body = parse(trained_card(RunConfig.model_validate(recipe), parameters=1, steps=1, tokens=1))
+    metadata, body = trained_from(recipe, str(tmp_path / "start"), converted_card(source(APPLE)))
     assert (metadata["license"], metadata["base_model"]) == ("apple-amlr", "apple/OpenELM-270M")
     assert "began from apple/OpenELM-270M" in body and "for research only" in body and str(tmp_path) not in body
 
 
+@pytest.mark.parametrize("card", [None, "# Words\n", "---\nlicense: unknown\n---\n# Words\n", APPLE])
+def test_a_run_that_began_from_a_name_on_the_hub_names_it_and_apples_keep_their_licence(recipe, card):
+    metadata, body = trained_from(recipe, "apple/OpenELM-270M@main", card)
+    assert (metadata["license"], metadata["base_model"]) == ("apple-amlr", "apple/OpenELM-270M")
+    if card == APPLE:
+        assert metadata["license_link"] == "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"
+    assert "began from apple/OpenELM-270M" in body and "for research only" in body
+    assert "license" not in trained_from(recipe, "some/model", None if card == APPLE else card)[0]
+
+
+@pytest.mark.parametrize("start", ["hub", "run", "gguf"])
+def test_a_run_takes_the_licence_from_whatever_it_began_from(recipe, write_recipe, tmp_path, hub, start):
+    first, second = tmp_path / "first", tmp_path / "second"
+    tokenizer = Tokenizer.load(recipe["tokenizer"]["path"])
+    model = OpenELM(ModelConfig(**recipe["model"], vocab_size=tokenizer.vocab_size))
+    save_model(model, first / "model", tokenizer=tokenizer, card=APPLE)
+    if start == "hub":
+        files = {file.name: file.read_bytes() for file in (first / "model").iterdir()}
+        hub.add("me/tiny", files)
+    if start == "gguf":
+        pytest.importorskip("gguf")
+        assert cli.run(["convert", str(first), str(tmp_path / "it.gguf"), "--to", "gguf"]) == 0
+    recipe["train"]["init_from"] = {"hub": "me/tiny", "run": str(first), "gguf": str(tmp_path / "it.gguf")}[start]
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(second)]) == 0
+    metadata, body = parse(Path(second / "model" / "README.md").read_text(encoding="utf-8"))
+    assert (metadata["license"], metadata["license_name"]) == ("apple-amlr", "apple-ascl")
+    assert metadata.get("base_model") == ("me/tiny" if start == "hub" else None)
+    assert "for research only" in body and str(tmp_path / "first") not in body
+
+
 def test_a_run_that_began_from_a_model_without_a_card_does_not_know_its_licence(recipe, tmp_path):
-    (tmp_path / "start").mkdir()
-    recipe["train"]["init_from"] = str(tmp_path / "start")
-    metadata, body = parse(trained_card(RunConfig.model_validate(recipe), parameters=1, steps=1, tokens=1))
+    metadata, body = trained_from(recipe, str(tmp_path / "start"), None)
     assert "license" not in metadata and "base_model" not in metadata
     assert "began from `start`" in body and "not known" in body
 

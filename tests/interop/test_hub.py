@@ -1,6 +1,7 @@
 """Downloading from the Hub, through the real client, from a server on loopback."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -124,6 +125,37 @@ def test_a_network_that_swallows_packets_is_waited_for_no_longer_than_the_first_
 def test_no_such_repository(hub):
     message = refused("models/tiny")
     assert "no model models/tiny" in message and "a local folder is written ./models/tiny" in message
+
+
+@pytest.mark.parametrize("path_of", [ours.model_path, ours.tokenizer_path])
+def test_a_mistyped_path_is_said_to_be_none_whether_the_hub_answers_or_not(hub, monkeypatch, tmp_path, path_of):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "typed").mkdir(parents=True)
+    assert path_of("runs/typed") == Path("runs/typed")
+    for url, words in ((hub.url, "no model runs/typo"), ("http://127.0.0.1:9", "cannot be reached")):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        with pytest.raises(UserError, match="runs/typo is no file or folder here, so the Hub was asked: ") as caught:
+            path_of("runs/typo")
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_names_of_branches_are_those_that_git_allows():
+    git = shutil.which("git")
+    good = ["main", "v1.0", "step-5000", "feature/x", "a_b", "a@b", "é", "x.locked", "a/b.c"]
+    bad = ["", "../y", "a b", "a..b", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a.lock", "a.lock/b", "HEAD", "-a"]
+    bad += ["a\n", "a\tb", "\x7f", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a@{b"]
+    for name in good + bad:
+        if git:
+            asked = subprocess.run([git, "check-ref-format", "--branch", name], capture_output=True, check=False)
+            assert (asked.returncode == 0) == (name in good), name
+        if name in good:
+            ours.check_branch(name)
+        else:
+            with pytest.raises(UserError, match="cannot be the name of a branch") as caught:
+                ours.check_branch(name)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_revision_is_fetched_by_branch_and_by_commit(hub, model_files):

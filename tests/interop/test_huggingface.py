@@ -1,11 +1,10 @@
 """One folder, the same numbers: in our engine, in transformers, and in transformers without our package."""
 
-import contextlib
-import io
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 
 import openelm.interop.huggingface  # noqa: F401 (makes the Auto classes know OpenELM)
 import small_models
+from openelm import cli
 from openelm.data.chat import CHAT_TEMPLATE, render_chat
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.infer.engine import Engine
 from openelm.interop import transformers_folder
-from openelm.interop.convert import convert
+from openelm.interop.convert import convert, open_source
 from openelm.interop.source import open_folder
 from openelm.interop.target import Format, MissingEngineError
 from openelm.model.folder import load_model, save_model
@@ -46,9 +46,9 @@ AWKWARD = [
     " ",
     "a",
 ]
-# Runs where our package cannot be imported, as on a machine that has never heard of it.
-STRANGER = """
-import json, sys
+# What makes a process that has never heard of our package.
+WITHOUT_US = """
+import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -61,6 +61,9 @@ try:
     raise SystemExit("the package is there")
 except ModuleNotFoundError:
     pass
+"""
+STRANGER = """
+import json, sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,18 +110,25 @@ def ask_a_stranger(folder: Path, requests: list[dict]) -> tuple[list[dict], dict
     """What a fresh process without our package answers: the requests with their answers, and logits by number."""
     asked, answer = folder / "asked.json", folder / "answer.safetensors"
     asked.write_text(json.dumps(requests))
+    run_without_us(folder, STRANGER, str(asked), str(answer))
+    return json.loads(asked.read_text()), load_file(answer)
+
+
+def run_without_us(folder: Path, code: str, *words: str) -> str:
+    """What a script prints in a fresh process without our package, without a network, and with nobody to ask."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(asked), str(answer)],
+        [sys.executable, "-I", "-c", WITHOUT_US + code, *words],
         env={**kept, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=folder,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(asked.read_text()), load_file(answer)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -445,19 +455,48 @@ def test_lm_eval_scores_as_our_engine_does(exported, quiet, batch_size):
         assert greedy == (log_probabilities[start - 1 : -1].argmax(-1) == targets).all().item()
 
 
-def test_every_example_of_the_guide_runs(exported, quiet, tmp_path):
-    for package in ("peft", "trl", "lm_eval"):
+def test_the_guide_runs_as_one_script_of_a_stranger(ours, tmp_path, monkeypatch, capsys):
+    for package in ("peft", "trl", "lm_eval", "datasets", "gguf"):
         pytest.importorskip(package)
     guide = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 5
-    (tmp_path / "demo-hf").symlink_to(exported)
-    names: dict[str, object] = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for example in examples:
-            exec(compile(example, "huggingface.md", "exec"), names)
-    assert printed.getvalue().startswith("def read(self")
-    assert printed.getvalue().rstrip().endswith(("0.0", "1.0"))
-    for folder in ("my-model", "my-dpo-model"):
-        assert load_model(tmp_path / folder).config == load_model(exported).config
+    blocks = re.findall(r"^```(python|)\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["", *["python"] * 6, ""]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "model").symlink_to(ours)
+    (before, *script, after) = (text for _, text in blocks)
+    run_commands(before)
+    capsys.readouterr()
+    printed = run_without_us(tmp_path, "".join(script))
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained("demo-hf"), load(tmp_path / "demo-hf")
+    expected = ""
+    for prompt in ("def read(self", "def read(self", "class Reader(io.Base):\n"):
+        ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=40)
+        expected += tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    assert printed.startswith(expected)
+    assert printed.rstrip().endswith(("0.0", "1.0"))
+    run_commands(after)
+    assert capsys.readouterr().out.startswith("def ")
+    config = load_model(ours).config
+    assert load_model("my-model").config == load_model("my-dpo-model").config == config
+    merged, written = open_folder(Path("my-model")), open_source("my.gguf")
+    assert all(torch.equal(merged.weight(name), written.weight(name)) for name in merged.shapes)
+
+
+def run_commands(block: str) -> None:
+    for line in block.splitlines():
+        program, *words = shlex.split(line)
+        assert (program, cli.run(words)) == ("openelm", 0)
+
+
+def test_a_batch_of_prompts_is_padded_on_the_left(exported, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(["After another", "The"], padding=True, return_tensors="pt")
+    long, short = (tokenizer(text).input_ids for text in ("After another", "The"))
+    gap = len(long) - len(short)
+    assert gap > 0
+    assert batch.input_ids.tolist() == [long, [tokenizer.eos_token_id] * gap + short]
+    assert batch.attention_mask.tolist() == [[1] * len(long), [0] * gap + [1] * len(short)]
+    tokenizer.save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"

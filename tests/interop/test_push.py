@@ -13,6 +13,7 @@ from openelm.commands import push
 from openelm.data.tokenizer import Tokenizer
 from openelm.interop.card import parse
 from openelm.interop.hub import download
+from openelm.interop.transformers_folder import MODELING_FILE
 from openelm.model.folder import load_model, save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
@@ -209,6 +210,40 @@ def test_a_model_without_a_licence_is_pushed_with_a_word_on_it(me, run, capfd):
     assert pushed(run / "model", "me/bare") == 0
     assert "states no licence" in capfd.readouterr().err
     assert at(me, "me/bare", "main")["README.md"].startswith(b"---\nlibrary_name: transformers")
+
+
+def test_a_licence_that_is_unknown_is_none(me, run, capfd):
+    card = "---\nlicense: unknown\n---\n# It\n"
+    (run / "model" / "README.md").write_text(card, encoding="utf-8")
+    assert pushed(run / "model", "me/bare", "--dry-run") == 0
+    assert "states no licence" in capfd.readouterr().err
+
+
+def test_no_code_goes_up_but_the_modeling_file_and_that_is_ours(me, run):
+    for name in ("modeling_openelm.py", "configuration_openelm.py", "helper.py"):
+        (run / "model" / name).write_text("import os\n")
+    assert pushed(run, "me/tiny") == 0
+    for branch in ("main", "step-2"):
+        code = {name: data for name, data in at(me, "me/tiny", branch).items() if name.endswith(".py")}
+        assert code == {"modeling_openelm.py": MODELING_FILE.read_bytes()}
+
+
+def test_a_quantised_folder_is_said_to_open_in_mlx_lm_and_carries_no_code(me, run, tmp_path):
+    folder = tmp_path / "mlx"
+    assert cli.run(["convert", str(run), str(folder), "--to", "mlx", "--quantize", "4bit", "--group-size", "32"]) == 0
+    (folder / "modeling_openelm.py").write_text("import os\n")
+    assert pushed(folder, "me/small", "--revision", "v1") == 0
+    files = at(me, "me/small", "v1")
+    assert not any(name.endswith(".py") for name in files)
+    metadata, body = parse(files["README.md"].decode())
+    assert metadata["library_name"] == "mlx"
+    assert 'Opens in mlx-lm: `mlx_lm.load("me/small", revision="v1")`.' in body and "Opens in transformers" not in body
+
+
+@pytest.mark.parametrize("branch", ["../y", "a b", "", "x.lock"])
+def test_a_branch_that_git_does_not_allow_is_refused_before_anything_is_asked(me, run, capfd, branch):
+    assert "cannot be the name of a branch" in refused(capfd, run, "me/tiny", "--revision", branch)
+    assert me.requests == []
 
 
 def test_a_model_folder_goes_up_alone_to_the_branch_that_is_asked_for(me, run, capfd):

@@ -66,6 +66,25 @@ def test_a_tensor_is_asked_for_when_the_one_before_is_written(tmp_path):
         assert torch.equal(load_file(tmp_path / file)[name], torch.full((8,), float(name)))
 
 
+def test_a_cut_never_leaves_words_askew(tmp_path):
+    """Scales of an odd number of 16 bits each: a part that began with the biases would put the next words at byte 2."""
+    parts = {
+        name: tensor
+        for layer in "ab"
+        for name, tensor in (
+            (f"{layer}.weight", torch.arange(12, dtype=torch.int64).to(torch.uint32)),
+            (f"{layer}.scales", torch.ones(3, dtype=torch.bfloat16)),
+            (f"{layer}.biases", torch.zeros(3, dtype=torch.bfloat16)),
+        )
+    }
+    for size in range(40, 130):
+        write_shards(tmp_path, entries(parts), iter(parts.values()), size, {})
+        found = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        assert all(torch.equal(found[name].view(torch.uint8), parts[name].view(torch.uint8)) for name in parts)
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
 def test_what_would_stand_askew_or_twice_is_our_own_mistake(tmp_path):
     odd = [Entry("half", (3,), torch.float16), Entry("whole", (1,), torch.float32)]
     with pytest.raises(AssertionError, match="whole would stand at byte 6"):

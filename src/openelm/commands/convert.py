@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ HELP = "Convert a model for Hugging Face transformers, CoreNet, mlx-lm, llama.cp
 EXAMPLE = "openelm convert runs/demo demo.gguf --to gguf --quantize Q8_0 --verify"
 TARGETS = ("hf", "corenet", "mlx", "gguf", "ollama")
 CHATS = ("plain", "handbook")
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="a file for corenet and gguf, else a folder")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write (hf: transformers)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
+        "--dtype",
+        choices=(*DTYPE_NAMES.values(), *DTYPE_NAMES),
+        metavar="NAME",
+        help="of the weights: float32, bfloat16, float16, or fp32, bf16, fp16 (default: as they are)",
     )
     parser.add_argument(
         "--quantize", default="", metavar="NAME", help="mlx: 4bit, 8bit; gguf, ollama: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1"
     )
-    parser.add_argument(
-        "--group-size", type=int, default=64, metavar="N", help="mlx: weights that share a scale (default: 64)"
-    )
+    parser.add_argument("--group-size", type=int, metavar="N", help="mlx: weights that share a scale (default: 64)")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="a tokenizer for a source without one: file, folder or Hub id"
     )
@@ -75,12 +80,10 @@ def run(args: argparse.Namespace) -> int:
         if args.verify:
             agreement.append(verify(source, chosen, form, written))
 
-    with Progress(source) as shown:
+    with Progress(source) as shown, ended_as_interrupted():
         convert(shown, args.to, destination, form, overwrite=args.overwrite, check=check)
     if source.tokenizer is None and args.to in ("hf", "mlx"):
-        from openelm.interop.hub import tokenizer_help
-
-        print(f"{destination} is written without a tokenizer. {tokenizer_help(args.source)}", file=sys.stderr)
+        print(f"{destination} is written without a tokenizer. {how_to_get_one(args.source, source)}", file=sys.stderr)
     report(args, source, form, destination, agreement)
     return 0
 
@@ -91,21 +94,27 @@ def chosen_source(args: argparse.Namespace) -> Source:
     from openelm.data.tokenizer import Tokenizer
     from openelm.interop.convert import open_source
     from openelm.interop.hub import tokenizer_path
-    from openelm.interop.source import with_vocabulary
+    from openelm.interop.source import with_tokenizer, with_vocabulary
 
     source = open_source(args.source, geometry=Path(args.geometry) if args.geometry else None)
     if args.tokenizer:
         source = replace(source, tokenizer=Tokenizer.load(tokenizer_path(args.tokenizer)))
     if args.vocab_size is not None:
         source = with_vocabulary(source, args.vocab_size)
-    if source.tokenizer is not None and source.tokenizer.vocab_size > source.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {source.tokenizer.vocab_size} tokens, the model of {args.source} only "
-            f"{source.config.vocab_size} rows: they do not belong together"
-        )
+    if source.tokenizer is not None:
+        source = with_tokenizer(source, source.tokenizer)
     if args.chat:
         source = replace(source, chat_template=CHAT_TEMPLATE if args.chat == "plain" else HANDBOOK_TEMPLATE)
     return source
+
+
+def how_to_get_one(reference: str, source: Source) -> str:
+    """What to do about a missing tokenizer: LLaMA's is the right one for released sizes of the vocabulary only."""
+    from openelm.interop.hub import tokenizer_help
+
+    if source.config.vocab_size in (32000, 32128):
+        return tokenizer_help(reference)
+    return f"{reference} has none: pass --tokenizer with the file or folder of the one that the model was trained with"
 
 
 def chosen_format(args: argparse.Namespace, source: Source) -> Format:
@@ -115,10 +124,28 @@ def chosen_format(args: argparse.Namespace, source: Source) -> Format:
     from openelm.interop.target import Format
     from openelm.model.folder import DTYPES
 
-    dtype = DTYPES[args.dtype] if args.dtype else source.dtype
+    if args.group_size is not None and not (args.to == "mlx" and args.quantize):
+        raise UserError(f"--group-size {args.group_size} is for --to mlx with --quantize: leave it out")
+    if args.dtype and args.quantize and args.to != "mlx":
+        raise UserError(
+            f"--dtype {args.dtype} and --quantize {args.quantize} exclude each other: leave one of them out"
+        )
+    dtype = DTYPES[DTYPE_NAMES.get(args.dtype, args.dtype)] if args.dtype else source.dtype
     if dtype == torch.float16 and source.config.num_parameters() > 2 * 10**9:
         print("activations of models as large as the 3B overflow float16: bfloat16 is safer", file=sys.stderr)
-    return Format(dtype, args.quantize, args.group_size)
+    return Format(dtype, args.quantize, args.group_size or 64)
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process as Ctrl-C does: with nothing left behind."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -158,7 +185,7 @@ def report(
             "parameters": source.config.num_parameters(),
             "bytes": size,
             "notes": list(source.notes),
-            "verified": agreement[0].__dict__ if agreement else None,
+            "verified": asdict(agreement[0]) if agreement else None,
         }
         print(json.dumps(figures, ensure_ascii=False))
         return

@@ -1,15 +1,15 @@
-"""openelm data: look at what becomes of a text, count a recipe's sources, hash its rows."""
+"""openelm data: look at what becomes of a text, count a recipe's sources, hash its rows, look for test sets in them."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from openelm.commands import data_overlap
+from openelm.commands.progress import Progress
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openelm.data.stream_state import Account
     from openelm.data.tokenizer import Tokenizer
 
-HELP = "Inspect documents, count the text of a recipe, or hash its rows."
+HELP = "Inspect documents; count the text of a recipe, hash its rows, or look for test sets in it."
 EXAMPLE = "openelm data count demo --max-documents 200"
 INSPECT_EXAMPLE = "openelm data inspect notes.jsonl --tokenizer tokenizer.model --row-length 512 --json"
 HASH_EXAMPLE = "openelm data hash demo train.steps=100 --rows 1000 --ranks 2 --workers 2"
@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=1, metavar="N", help="as if with N workers a rank, 0 for a thread (default: 1)"
     )
     rows.set_defaults(act=hash_rows)
+    shared = add("overlap", "which test examples stand in a recipe's training text", data_overlap.EXAMPLE)
+    _add_recipe(shared)
+    data_overlap.add_arguments(shared)
+    shared.set_defaults(act=data_overlap.run)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -270,27 +274,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.2%}" if isinstance(value, float) else str(value)
-
-
-class Progress:
-    """One line on standard error, renewed twice a second; nothing where that is no terminal."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._start_s = self._shown_s = time.monotonic()
-
-    def show(self, source: str, documents: int, read_bytes: int) -> None:
-        """Renew the line where it is time to."""
-        now_s = time.monotonic()
-        if self._live and now_s - self._shown_s >= 0.5:
-            self._shown_s = now_s
-            text = f"{source}: {documents:,} documents, {read_bytes / 1e6:,.1f} MB, {now_s - self._start_s:.0f} s"
-            print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Clear the line."""
-        if self._live:
-            print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
 
 
 # hash

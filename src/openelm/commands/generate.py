@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openelm.errors import UserError
@@ -14,6 +17,17 @@ if TYPE_CHECKING:
 
 HELP = "Continue a prompt with a model, streaming the text."
 EXAMPLE = 'openelm generate runs/demo --prompt "def main(" --max-tokens 100 --temperature 0.8 --top-p 0.95'
+
+PAGE = re.compile(
+    r"(https?://[^/]+|(www\.)?huggingface\.co|hf\.co)/(?!datasets/|spaces/)(?P<repo>\w[\w.-]*/\w[\w.-]*)"
+    r"(/(tree|blob|resolve)/(?P<revision>(refs/pr/)?[\w.-]+))?"
+)
+# Models that another engine runs: what to call them, and what more convert needs to be told.
+FOREIGN = {
+    "gguf": ("a GGUF file", ""),
+    "ollama": ("a folder for Ollama", ""),
+    "checkpoint": ("a PyTorch checkpoint", " --tokenizer PATH"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +75,14 @@ def load_engine(args: argparse.Namespace) -> Engine:
     import torch
 
     from openelm.infer.engine import Engine
-    from openelm.interop.hub import TOKENIZER_FILES, model_path, tokenizer_help, tokenizer_path
-    from openelm.model.folder import DTYPES, find_model_folder
+    from openelm.interop.hub import TOKENIZER_FILES, tokenizer_help, tokenizer_path
+    from openelm.model.folder import DTYPES
 
     if args.threads is not None:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads} must be at least 1")
         torch.set_num_threads(args.threads)
-    folder = find_model_folder(model_path(args.model))
+    folder = model_folder(args.model)
     if not args.tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise UserError(tokenizer_help(args.model))
     return Engine.load(
@@ -77,6 +91,64 @@ def load_engine(args: argparse.Namespace) -> Engine:
         device=args.device,
         tokenizer=tokenizer_path(args.tokenizer) if args.tokenizer else None,
     )
+
+
+def model_folder(reference: str) -> Path:
+    """The folder that MODEL names, from the Hub where it is there; UserError that says what it is instead."""
+    from openelm.interop.hub import model_path
+    from openelm.model.folder import find_model_folder
+
+    check_address(reference)
+    path = model_path(reference)
+    kind = checked_kind(path)
+    if kind in FOREIGN:
+        what, options = FOREIGN[kind]
+        source = shlex.quote(str(path / "model.gguf" if kind == "ollama" else path))
+        raise UserError(
+            f"{path} is {what}: `openelm convert {source} FOLDER --to hf{options}`, then generate from FOLDER"
+        )
+    return find_model_folder(path)
+
+
+def check_address(reference: str) -> None:
+    """UserError for the address of a page, with the name that is wanted instead."""
+    from urllib.parse import unquote
+
+    page = PAGE.match(unquote(reference))
+    if "://" not in reference and (page is None or Path(reference).exists()):
+        return
+    name = "OWNER/NAME"
+    if page is not None:
+        revision = page["revision"]
+        name = page["repo"] if revision in (None, "main") else f"{page['repo']}@{revision}"
+    raise UserError(f"{reference} is an address: give a folder, or a model of the Hugging Face Hub by its name: {name}")
+
+
+def checked_kind(path: Path) -> str:
+    """What stands at a path, by its content: one of FOREIGN, else "". UserError for what is no model by itself."""
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ""
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{path} is a peft adapter: merge it first (docs/huggingface.md)")
+        return "ollama" if (path / "Modelfile").is_file() and (path / "model.gguf").is_file() else ""
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give one that is yours to read") from error
+    if not start:
+        raise UserError(f"{path} is an empty file: copy or download it again, or give another")
+    if start.startswith(b"GGUF"):
+        return "gguf"
+    # safetensors: the length of the header, whose first byte may be anything, then the header, an object in JSON.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        raise UserError(
+            f"{path} is a safetensors file: give its folder, {path.parent}, whose config.json is needed too"
+        )
+    return "checkpoint" if start.startswith((b"PK\x03\x04", b"\x80")) else ""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm.commands.generate import check_address, checked_kind
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="a named size (270M), a model or run folder, a GGUF or .pt file, or a recipe; ./270M is a folder so named",
+        help="a named size (270M), a model or run folder, a GGUF or .pt file, a recipe, or a Hub id; "
+        "./270M is a folder so named",
     )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="another vocabulary")
     parser.add_argument("--max-context-length", type=int, metavar="N", help="another context length")
@@ -56,32 +58,61 @@ def run(args: argparse.Namespace) -> int:
 
 def find_geometry(target: str) -> tuple[str, ModelConfig]:
     """What ``target`` is called, and its geometry. Names come before paths."""
-    from openelm.config import load_recipe, recipe_names
+    from openelm.config import recipe_names
+    from openelm.interop.hub import HUB_ID
     from openelm.model.geometry import SIZES, ModelConfig
 
     if target.removeprefix("OpenELM-") in SIZES:
         return f"OpenELM-{target.removeprefix('OpenELM-')}", ModelConfig.from_name(target)
-    if target not in recipe_names() and Path(target).is_dir():
-        return target, _of_folder(Path(target))
-    if target not in recipe_names() and _is_weights(Path(target)):
+    if target in recipe_names():
+        return _of_recipe(target)
+    check_address(target)
+    path = Path(target)
+    kind = checked_kind(path)
+    if kind in ("gguf", "ollama"):
+        from openelm.interop.gguf import open_gguf
+
+        return target, open_gguf(path / "model.gguf" if kind == "ollama" else path, dequantize=True).config
+    if kind == "checkpoint":
         from openelm.interop.convert import open_source
 
         return target, open_source(target).config
-    if target in recipe_names() or Path(target).is_file():
-        config = load_recipe(target, [])
-        return f"recipe {target}", _of_model_section(config.model.model_dump(), vocabulary(config))
+    if path.is_dir():
+        return target, _of_folder(path)
+    if path.is_file():
+        return _of_recipe(target)
+    if HUB_ID.fullmatch(target):
+        return target, _of_hub(target)
     raise UserError(
         f"{target!r} is no named size ({', '.join(SIZES)}), no packaged recipe ({', '.join(recipe_names())}), and "
-        "there is no such file or folder: give one of these"
+        "there is no such file or folder: give one of these, or a model of the Hugging Face Hub as OWNER/NAME"
     )
 
 
-def _is_weights(path: Path) -> bool:
-    """Whether a file holds a model rather than a recipe: none of these bytes begins a text."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4).startswith((b"GGUF", b"PK\x03\x04", b"\x80"))
+def _of_recipe(recipe: str) -> tuple[str, ModelConfig]:
+    from openelm.config import load_recipe
+
+    config = load_recipe(recipe, [])
+    return f"recipe {recipe}", _of_model_section(config.model.model_dump(), vocabulary(config))
+
+
+def _of_hub(reference: str) -> ModelConfig:
+    """Of a model on the Hub, of which config.json alone is fetched; UserError, one line, for what the Hub refuses."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from openelm.interop.hub import errors_named, split_reference
+    from openelm.model.folder import load_config
+
+    repo, revision = split_reference(reference)
+    with errors_named(repo, revision):
+        try:
+            file = hf_hub_download(repo, "config.json", revision=revision)
+        except LocalEntryNotFoundError:  # also an EntryNotFoundError, but it says that the Hub is out of reach
+            raise
+        except EntryNotFoundError as error:
+            raise UserError(f"{reference} has no config.json, so it is no model folder: check the name") from error
+    return load_config(Path(file).parent)[0]
 
 
 def _of_folder(folder: Path) -> ModelConfig:

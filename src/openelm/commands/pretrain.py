@@ -67,13 +67,20 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(config, folder, as_json=args.json)
     from openelm.train.pretrain import pretrain
 
-    summary = pretrain(config, folder, resume=resume, resume_step=args.resume_step, overwrite=args.overwrite)
+    summary = pretrain(
+        config,
+        folder,
+        resume=resume,
+        resume_step=args.resume_step,
+        overwrite=args.overwrite,
+        live=_live(config) if config.train.evaluate_every else None,
+    )
     if not summary:
         return 0  # rank 0 says the rest
     try:
-        from openelm.report.page import write_report
+        from openelm.commands.report import write_page
 
-        report = str(write_report(folder))
+        report = str(write_page(folder))
     except UserError as error:
         report = f"not drawn: {error}"
     if args.json:
@@ -81,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_closing_words(summary, folder, report))
     return 0
+
+
+def _live(config: RunConfig) -> Any:
+    from openelm.evaluate.live import live
+
+    return live(config)
 
 
 def _steps_that_fit(config: RunConfig, minutes: float) -> int:

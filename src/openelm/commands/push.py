@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if "@" in args.repo:
         raise UserError(f"{args.repo}: write OWNER/NAME, and the branch with --revision")
     hub.split_reference(args.repo)
+    hub.check_branch(args.revision)
     source = Path(args.source)
     plan = planned(args, source)
     url = ""
@@ -127,22 +128,24 @@ def planned_model(
     """The model folder, and what of the run goes with it."""
     from openelm import __version__
     from openelm.environment import DISTRIBUTION
-    from openelm.interop.card import parse, published_card
+    from openelm.interop.card import UNKNOWN, in_one_line, parse, published_card
     from openelm.interop.source import open_folder
 
     card = open_folder(model).card or ""
-    if "license" not in parse(card)[0]:
+    if in_one_line(parse(card)[0].get("license")) in UNKNOWN:
         print(
             f"{model / 'README.md'} states no licence, so nobody may use the model: put `license: ...` at its top, "
             "between two lines of dashes",
             file=sys.stderr,
         )
     name = args.repo.rpartition("/")[2]
-    contents = in_this_repository(args, logs, milestones)
+    contents = in_this_repository(args, logs, milestones, quantized=is_quantized(model))
+    only = "mlx" if is_quantized(model) else ""
 
     def fill(draft: Path) -> None:
         lay_out(model, draft)
-        (draft / "README.md").write_text(without_secrets(published_card(card, name, contents)), encoding="utf-8")
+        text = published_card(card, name, contents, only=only)
+        (draft / "README.md").write_text(without_secrets(text), encoding="utf-8")
         for place, file in logs.items():
             (draft / place).parent.mkdir(parents=True, exist_ok=True)
             copy_without_secrets(file, draft / place)
@@ -209,7 +212,7 @@ def run_files(run: Path, *, with_logs: bool) -> dict[str, Path]:
 
 
 def model_files(model: Path) -> list[Path]:
-    """The files of a model folder that belong to it: what else stands there is not published."""
+    """The files of a model folder that belong to it: what else stands there is not published, least of all code."""
     from fnmatch import fnmatch
 
     from openelm.interop.hub import MODEL_FILES
@@ -219,7 +222,7 @@ def model_files(model: Path) -> list[Path]:
     named = [
         file
         for file in sorted(model.iterdir())
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in (*MODEL_FILES, "*.py"))
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in MODEL_FILES)
     ]
     return [file for file in named if file.suffix != ".safetensors" or file in weights]
 
@@ -243,11 +246,18 @@ def complete(draft: Path) -> None:
     """Add what transformers needs to open the model without our package; a quantised one it cannot open."""
     from openelm.interop.transformers_folder import complete as complete_folder
 
-    if "quantization" not in json.loads((draft / "config.json").read_text(encoding="utf-8")):
+    if not is_quantized(draft):
         complete_folder(draft)
 
 
-def in_this_repository(args: argparse.Namespace, logs: dict[str, Path], milestones: Sequence[str]) -> str:
+def is_quantized(model: Path) -> bool:
+    """Whether a model folder is quantised as mlx-lm does it, which transformers cannot open."""
+    return "quantization" in json.loads((model / "config.json").read_text(encoding="utf-8"))
+
+
+def in_this_repository(
+    args: argparse.Namespace, logs: dict[str, Path], milestones: Sequence[str], *, quantized: bool
+) -> str:
     """What is where, for the card."""
     lines = [f"- `{args.revision}`: the model."]
     if milestones:
@@ -259,7 +269,8 @@ def in_this_repository(args: argparse.Namespace, logs: dict[str, Path], mileston
         lines.append("- `run/report/`: the run as one page, with its curves.")
     branch = "" if args.revision == "main" else f', revision="{args.revision}"'
     call = f'AutoModelForCausalLM.from_pretrained("{args.repo}"{branch}, trust_remote_code=True)'
-    return f"Opens in transformers: `{call}`.\n\n" + "\n".join(lines)
+    opens = f'mlx-lm: `mlx_lm.load("{args.repo}"{branch})`' if quantized else f"transformers: `{call}`"
+    return f"Opens in {opens}.\n\n" + "\n".join(lines)
 
 
 @contextmanager

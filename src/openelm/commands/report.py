@@ -15,11 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
+def write_page(run: Path) -> Path:
+    """The report of a run, with what was evaluated of it."""
+    from openelm.evaluate.curves import section
+    from openelm.evaluate.results import of_run
     from openelm.report.page import write_report
 
-    page = write_report(Path(args.run))
+    return write_report(run, lambda folder: section(of_run(run), folder))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    page = write_page(Path(args.run))
     print(page)
     if args.open:
         import webbrowser

@@ -7,6 +7,8 @@ Markdown below.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +26,16 @@ Metadata = dict[str, Any]
 
 HUB = "https://huggingface.co"
 # What of a source's metadata holds for its conversion too.
-KEPT = (
-    *("license", "license_name", "license_link", "base_model", "language", "datasets", "metrics", "tags"),
-    *("pipeline_tag", "model-index"),
-)
+KEPT = ("language", "datasets", "metrics", "tags", "pipeline_tag", "model-index")
+INHERITED = ("license", "license_name", "license_link", "base_model")  # by a model that is trained further, too
 OURS = ("openelm", "layer-wise-scaling")  # tags
 CONVERTED, CONTENTS = "Converted with OpenELM", "In this repository"  # our sections in any card
+MEASURED = "Accuracy"
 CARRIED = ("Licence", "Data", "Bias, risks and limitations")
 APPLE = re.compile(r"apple/OpenELM-[\w.-]+")
 APPLE_LICENCE = "apple-amlr"
+UNKNOWN = ("", "unknown")  # licences that are none
+MOST_HEAD = 2**16  # characters of YAML, which are read in about two seconds at worst
 IN_WORDS = {
     APPLE_LICENCE: "Apple's model licence for research: for research only, for no product and nothing commercial; "
     "whoever passes the weights on passes the licence on",
@@ -42,23 +45,43 @@ A base model: it continues text and was not tuned to follow instructions or to b
 mistakes and prejudices included. Test it for your use before anyone relies on it."""
 
 
-def converted_card(source: Source, *, library: str = "transformers") -> str:
+@dataclass(frozen=True)
+class Figure:
+    """One number of an evaluation, a share between 0 and 1."""
+
+    task: str
+    shots: int
+    metric: str
+    value: float
+
+    @property
+    def dataset(self) -> str:
+        """What the Hub calls it by."""
+        return f"{self.task}, {self.shots} shots"
+
+    def entry(self) -> Metadata:
+        """As the Hub reads it."""
+        return {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": self.task, "name": self.dataset},
+            "metrics": [{"type": self.metric, "value": round(self.value, 4)}],
+        }
+
+
+def converted_card(source: Source, *, library: str = "transformers", quantize: str = "") -> str:
     """The card of a converted model: that of its source, and a section on the conversion.
 
-    ``library`` is the one that the Hub is to show a snippet for. Where the source has no card, the new one says that
-    nothing is known. Converting again renews the section and keeps its notes.
+    ``library`` is the one that the Hub is to show a snippet for; ``quantize`` what the weights were rounded to. Where
+    the source has no card, the new one says that nothing is known. Converting again renews the section and keeps its
+    notes.
     """
     old, body = parse(source.card or "")
     origin = hub_id(source.origin)
-    metadata = {key: old[key] for key in KEPT if old.get(key)}
-    if origin:
-        metadata["base_model"] = origin
-    base = _text(metadata.get("base_model"))
-    if _text(metadata.get("license")) in ("", "unknown"):
-        metadata["license"] = APPLE_LICENCE if APPLE.fullmatch(base) else "unknown"
-    link = metadata.get("license_link")
-    if origin and isinstance(link, str) and "://" not in link:
-        metadata["license_link"] = f"{HUB}/{origin}/blob/main/{link}"  # the file itself stays there
+    metadata = {"license": "unknown", **_inherited(old, origin)}
+    metadata |= {key: old[key] for key in KEPT if old.get(key)}
+    if quantize or source.quantized:
+        metadata.pop("model-index", None)  # what was measured was another model
+    base = in_one_line(metadata.get("base_model"))
     metadata |= {"library_name": library, "pipeline_tag": "text-generation", "tags": _tags(old.get("tags"))}
     name = (origin or source.origin).rstrip("/").rpartition("/")[2]
     if not body.strip():
@@ -69,24 +92,29 @@ def converted_card(source: Source, *, library: str = "transformers") -> str:
     whose = f"[{base}]({HUB}/{base})" if HUB_ID.fullmatch(base) else f"`{name}`"
     notes = [*_bullets(section(body, CONVERTED)), *(f"- {' '.join(note.split())}" for note in source.notes)]
     text = (
-        f"The weights are those of {whose}, written in another layout by {DISTRIBUTION} {__version__}. "
+        f"The weights are those of {whose}{', quantised,' if source.quantized else ''} "
+        f"{f'quantised to {quantize}' if quantize else 'written in another layout'} by {DISTRIBUTION} {__version__}. "
         f"{_licence(metadata)}"
     )
     return render(metadata, with_section(body, CONVERTED, "\n\n".join([text, "\n".join(dict.fromkeys(notes))])))
 
 
 def trained_card(
-    config: RunConfig, *, parameters: int, steps: int, tokens: int, bits_per_byte: float | None = None
+    config: RunConfig,
+    *,
+    parameters: int,
+    steps: int,
+    tokens: int,
+    bits_per_byte: float | None = None,
+    base_card: str | None = None,
 ) -> str:
     """The card of a pre-training run's model; ``bits_per_byte`` on held-out text, where it was measured.
 
-    Licence and base model are carried over where the run began from a model whose card states them.
+    ``base_card`` is that of the model which the run began from: its licence and base model are carried over.
     """
     start = config.train.init_from
-    inherited = _card_of(Path(start)) if start else {}
-    metadata = {key: inherited[key] for key in ("license", "license_name", "license_link") if inherited.get(key)}
-    if base := (hub_id(start) if start else "") or _text(inherited.get("base_model")):
-        metadata["base_model"] = base
+    metadata = _inherited(parse(base_card or "")[0], hub_id(start)) if start else {}
+    base = in_one_line(metadata.get("base_model"))
     if datasets := sorted({found[1] for s in config.data.sources if (found := _DATASET.match(s.path))}):
         metadata["datasets"] = datasets
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(OURS)}
@@ -118,9 +146,14 @@ An OpenELM language model with layer-wise scaling, {parameters:,} parameters, tr
     return render(metadata, body)
 
 
-def published_card(card: str, name: str, contents: str) -> str:
-    """The card of a repository's main branch: that of the model, and a section on what is where."""
+def published_card(card: str, name: str, contents: str, *, only: str = "") -> str:
+    """The card of a repository's main branch: that of the model, and a section on what is where.
+
+    ``only`` is the library that opens the model where others do not, whatever its card says.
+    """
     metadata, body = parse(card)
+    if only:
+        metadata["library_name"] = only
     for key, value in (("library_name", "transformers"), ("pipeline_tag", "text-generation"), ("tags", list(OURS))):
         metadata.setdefault(key, value)
     return render(metadata, with_section(body if body.strip() else f"# {name}", CONTENTS, contents))
@@ -140,16 +173,46 @@ def milestone_card(card: str, name: str, step: int, tokens: int | None) -> str:
     return render(metadata, "\n\n".join(parts))
 
 
+def evaluated_card(card: str, name: str, figures: Sequence[Figure]) -> str:
+    """The card with what was measured: a table, and the entries that the Hub shows beside a model.
+
+    Entries of other tasks stay; those of the same task and number of shots are renewed.
+    """
+    metadata, body = parse(card)
+    tasks = {figure.dataset for figure in figures}
+    old = next(iter(metadata.get("model-index") or []), None) or {}
+    kept = [r for r in old.get("results") or [] if (r.get("dataset") or {}).get("name") not in tasks]
+    metadata["model-index"] = [{"name": old.get("name") or name, "results": [*kept, *(f.entry() for f in figures)]}]
+    lines = ["| task | shots | metric | % |", "|---|--:|---|--:|"]
+    lines += [f"| {f.task} | {f.shots} | {f.metric} | {100 * f.value:.2f} |" for f in figures]
+    note = f"By lm-evaluation-harness, computed by {DISTRIBUTION} {__version__}."
+    text = body if body.strip() else f"# {name}"
+    return render(metadata, with_section(text, MEASURED, "\n".join([note, "", *lines])))
+
+
 def parse(card: str) -> tuple[Metadata, str]:
-    """(metadata, Markdown) of a card. A head that is not YAML of keys and values is left in the Markdown."""
+    """(metadata, Markdown) of a card. A head that is not plain YAML of keys and values is left in the Markdown.
+
+    So is one of more than ``MOST_HEAD``, or with aliases: of few lines they make more text than a memory holds.
+    """
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", card, re.DOTALL | re.MULTILINE)
-    if found is None:
+    if found is None or len(found[1]) > MOST_HEAD:
         return {}, card
     try:
-        metadata = yaml.safe_load(found[1])
+        metadata = yaml.load(found[1], _PlainLoader)
+        yaml.safe_dump(metadata)  # numbers of thousands of digits can be read, and not be written
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}, card
     return (metadata, card[found.end() :].lstrip("\r\n")) if isinstance(metadata, dict) else ({}, card)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def render(metadata: Metadata, body: str) -> str:
@@ -178,6 +241,24 @@ def hub_id(origin: str) -> str:
 _DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
+def _inherited(old: Metadata, origin: str) -> Metadata:
+    """Licence and base model of what was made from a model; ``origin`` is its name on the Hub, where it has one.
+
+    Apple's weights are under Apple's licence where their card states none; where nothing is known nothing is said.
+    """
+    metadata = {key: old[key] for key in INHERITED if old.get(key)}
+    if origin:
+        metadata["base_model"] = origin
+    if in_one_line(metadata.get("license")) in UNKNOWN:
+        metadata.pop("license", None)
+        if APPLE.fullmatch(in_one_line(metadata.get("base_model"))):
+            metadata["license"] = APPLE_LICENCE
+    link = metadata.get("license_link")
+    if origin and isinstance(link, str) and "://" not in link:
+        metadata["license_link"] = f"{HUB}/{origin}/blob/main/{link}"  # the file itself stays there
+    return metadata
+
+
 def _section(heading: str) -> re.Pattern[str]:
     return re.compile(rf"^## {re.escape(heading)}[ \t]*\r?$(.*?)(?=^\#{{1,2}} |\Z)", re.DOTALL | re.MULTILINE)
 
@@ -188,11 +269,11 @@ def _bullets(text: str) -> list[str]:
 
 def _licence(metadata: Metadata) -> str:
     """The licence in words; none is made up."""
-    licence = _text(metadata.get("license"))
-    name = _text(metadata.get("license_name")) or licence
-    if licence in ("", "unknown"):
+    licence = in_one_line(metadata.get("license"))
+    name = in_one_line(metadata.get("license_name")) or licence
+    if licence in UNKNOWN:
         return "Their licence is not known: the source states none. Ask whoever made them before you pass them on."
-    link = _text(metadata.get("license_link"))
+    link = in_one_line(metadata.get("license_link"))
     known = f" ({IN_WORDS[licence]})" if licence in IN_WORDS else ""
     return f"Their licence holds here too: {f'[{name}]({link})' if '://' in link else name}{known}."
 
@@ -202,15 +283,10 @@ def _tags(found: object) -> list[str]:
     return list(dict.fromkeys([*map(str, tags), *OURS]))
 
 
-def _text(value: object) -> str:
+def in_one_line(value: object) -> str:
     """A key's value in one line; the first of several, as base_model may have."""
     value = value[0] if isinstance(value, list) and value else value
     return " ".join(str(value).split()) if isinstance(value, str) else ""
-
-
-def _card_of(folder: Path) -> Metadata:
-    readme = folder / "README.md"
-    return parse(readme.read_text(encoding="utf-8", errors="replace"))[0] if readme.is_file() else {}
 
 
 def _result(bits_per_byte: float) -> Metadata:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from openelm.data.chat import CHAT_TEMPLATE, HANDBOOK_TEMPLATE
 from openelm.errors import UserError
-from openelm.interop.gguf_file import DTYPES, TYPES, GGUFFile
+from openelm.interop.card import in_one_line, parse, render
+from openelm.interop.gguf_file import DTYPES, TYPES, GGUFFile, need_gguf
 from openelm.interop.gguf_tokenizer import read_tokenizer, tokenizer_metadata
 from openelm.interop.source import Source, geometry_of
 from openelm.interop.target import Format, MissingEngineError, Target
@@ -65,10 +65,7 @@ GO_TEMPLATES = {CHAT_TEMPLATE: TURNS, HANDBOOK_TEMPLATE: EMPTY_SYSTEM + TURNS}
 
 def check(source: Source, form: Format) -> None:
     """UserError for what the format or llama.cpp cannot express, before anything is written."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("GGUF is written by the package gguf: pip install 'openelm-framework[gguf]'") from error
+    need_gguf()
     if form.quantize and form.quantize.upper() not in QUANTIZED:
         raise UserError(f"quantize={form.quantize!r}: for llama.cpp it is one of {', '.join(QUANTIZED)}")
     if not source.config.share_input_output_layers:
@@ -91,12 +88,21 @@ def check(source: Source, form: Format) -> None:
 
 
 def check_ollama(source: Source, form: Format) -> None:
-    """As ``check``; and the chat template must be one that has a Go template."""
+    """As ``check``; and the chat template must be one that has a Go template, the end of a turn one that fits in it."""
     check(source, form)
-    if source.chat_template is not None and source.chat_template.rstrip("\n") not in GO_TEMPLATES:
+    if source.chat_template is None:
+        return
+    if source.chat_template.rstrip("\n") not in GO_TEMPLATES:
         raise UserError(
             f"the chat template of {source.origin} is not one that can be written for Ollama: choose one with --chat, "
             "or use --to gguf and write the Modelfile by hand"
+        )
+    assert source.tokenizer is not None
+    end = source.tokenizer.piece(source.tokenizer.eos_id)
+    if not end.isprintable() or '"' in end or "{{" in end:
+        raise UserError(
+            f"turns of {source.origin} end with {end!r}, and a Modelfile cannot hold quotes, line breaks or {{{{ "
+            "there: use --to gguf and write the Modelfile by hand"
         )
 
 
@@ -148,6 +154,7 @@ def modelfile(source: Source) -> str:
     else:
         lines += ['TEMPLATE """{{ .Prompt }}"""']
     if terms := " ".join(_license(source.card).values()):
+        terms = terms.replace('"', "'")  # three quotes would end it, and what follows would be read as instructions
         lines += [f'LICENSE """{terms}"""']
     return "\n".join(lines) + "\n"
 
@@ -234,21 +241,18 @@ def _part_shapes(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _license(card: str | None) -> dict[str, str]:
-    """licence, its name and its link, where the front matter of a model card has them."""
-    if card is None or not card.startswith("---\n"):
-        return {}
-    try:
-        front = yaml.safe_load(card.split("\n---", 1)[0])
-    except yaml.YAMLError:
-        return {}
-    front = front if isinstance(front, dict) else {}
-    return {key: str(front[key]) for key in LICENSE_KEYS if front.get(key)}
+    """Licence, its name and its link, each in one line, where the front matter of a model card has them."""
+    front = parse(card or "")[0]
+    return {key: text for key in LICENSE_KEYS if (text := in_one_line(front.get(key)))}
 
 
-def open_gguf(path: Path) -> Source:
-    """A GGUF file of an OpenELM in F32, F16 or BF16, ours or that of llama.cpp's converter; UserError otherwise."""
+def open_gguf(path: Path, *, dequantize: bool = False) -> Source:
+    """A GGUF file of an OpenELM in F32, F16 or BF16, ours or that of llama.cpp's converter; UserError otherwise.
+
+    With ``dequantize`` also one in ``QUANTIZED`` types, read as the fp32 values that its blocks stand for.
+    """
     file = GGUFFile(path)
-    _check_readable(file)
+    _check_readable(file, (*DTYPES, *QUANTIZED) if dequantize else tuple(DTYPES))
     ours = dict(_our_names(file))
     known = {theirs for names in ours.values() for theirs in names}
     if strange := file.tensors.keys() - known:
@@ -278,7 +282,7 @@ def open_gguf(path: Path) -> Source:
     return Source(
         origin=str(path),
         config=config,
-        dtype=DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32,
+        dtype=DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32,
         read=read,
         tokenizer=tokenizer,
         chat_template=file.get("tokenizer.chat_template", str, "") or None,
@@ -287,18 +291,20 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _check_readable(file: GGUFFile) -> None:
+def _check_readable(file: GGUFFile, kinds: tuple[str, ...]) -> None:
     architecture = file.get("general.architecture", str)
     if architecture != ARCHITECTURE:
         raise UserError(f"{file.path} is of architecture {architecture!r}: only {ARCHITECTURE!r} can be read")
     if file.get("split.count", int, 1) > 1:
         raise UserError(f"{file.path} is one of several parts: join them first, with llama.cpp's llama-gguf-split")
     for name, stored in file.tensors.items():
-        if stored.kind not in DTYPES:
+        if stored.kind not in kinds:
             raise UserError(
                 f"{file.path} is quantised ({name} is {stored.kind}), and what quantising took away is not in it: "
                 "convert the model that it was made from"
             )
+    if any(stored.kind not in DTYPES for stored in file.tensors.values()):
+        need_gguf()
 
 
 def _our_names(file: GGUFFile) -> Iterator[tuple[str, list[str]]]:
@@ -344,8 +350,8 @@ def _check_geometry(file: GGUFFile, config: ModelConfig) -> None:
 def _card(file: GGUFFile) -> str | None:
     """A card with the licence, all that the file can say of one."""
     terms = {key: value for key, theirs in LICENSE_KEYS.items() if (value := file.get(theirs, str, ""))}
-    name = file.get("general.name", str, "") or "OpenELM"
-    return f"---\n{yaml.safe_dump(terms, sort_keys=False)}---\n\n# {name}\n" if terms else None
+    name = in_one_line(file.get("general.name", str, "")) or "OpenELM"
+    return render(terms, f"# {name}") if terms else None
 
 
 def logits(path: Path, rows: list[list[int]]) -> Tensor:
@@ -375,12 +381,20 @@ def _row_logits(model: Llama, row: list[int]) -> Tensor:
     return torch.from_numpy(np.array(model.scores[: len(row)], dtype=np.float32))
 
 
-TARGET = Target("llama.cpp", is_file=True, check=check, write=write, logits=logits)
+TARGET = Target(
+    "llama.cpp",
+    is_file=True,
+    check=check,
+    write=write,
+    stored=lambda path: open_gguf(path, dequantize=True),
+    logits=logits,
+)
 # Ollama computes with llama.cpp.
 OLLAMA = Target(
     "llama.cpp",
     is_file=False,
     check=check_ollama,
     write=write_ollama,
+    stored=lambda folder: open_gguf(folder / "model.gguf", dequantize=True),
     logits=lambda folder, rows: logits(folder / "model.gguf", rows),
 )

@@ -19,6 +19,7 @@ VERSIONS = (2, 3)
 # tokenizers take half of it, the deepest models have a few thousand tensors.
 MOST_HEADER_BYTES, MOST_ENTRIES = 2**25, 2**16
 MOST_DIMENSIONS = 4
+CHUNK_VALUES = 2**22  # read out of blocks at once
 
 # Number in the file -> name, values in a block, bytes of a block.
 TYPES = {
@@ -41,6 +42,14 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "?", 10: "<u8", 11: "<i8"}
 _NUMBERS[12] = "<f8"
+
+
+def need_gguf() -> None:
+    """UserError where the package that knows llama.cpp's blocks, and writes its files, is not there."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("GGUF is written by the package gguf: pip install 'openelm-framework[gguf]'") from error
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,34 @@ class GGUFFile:
             raise UserError(f"{path} cannot be read ({error.strerror}): give a readable GGUF file") from error
 
     def read(self, name: str) -> Tensor:
-        """A tensor of type F32, F16 or BF16, as it is stored."""
+        """A tensor: F32, F16 and BF16 as it is stored, of another type as the fp32 values that its blocks stand for."""
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.kind])
+        tensor = torch.empty(stored.shape, dtype=DTYPES.get(stored.kind, torch.float32))
         with self.path.open("rb") as file:
             file.seek(stored.offset)
-            got = file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
-        if got != stored.num_bytes:
-            raise UserError(f"{self.path} ends within {name}: it was changed while it was read; start again")
+            if stored.kind in DTYPES:
+                self._fill(file, tensor, name)
+            else:
+                self._fill_from_blocks(file, tensor, name)
         return tensor
+
+    def _fill(self, file: BinaryIO, tensor: Tensor, name: str) -> None:
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        if file.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise UserError(f"{self.path} ends within {name}: it was changed while it was read; start again")
+
+    def _fill_from_blocks(self, file: BinaryIO, tensor: Tensor, name: str) -> None:
+        """Some rows at a time: what a type stands for is computed with several copies of them."""
+        from gguf import GGMLQuantizationType, quants
+
+        stored = self.tensors[name]
+        rows = tensor.view(-1, stored.shape[-1])
+        for part in rows.split(max(CHUNK_VALUES // stored.shape[-1], 1)):
+            blocks = torch.empty(len(part), stored.num_bytes // len(rows), dtype=torch.uint8)
+            self._fill(file, blocks, name)
+            with np.errstate(all="ignore"):  # scales that are NaN or infinite are refused by whoever takes the tensor
+                values = quants.dequantize(blocks.numpy(), GGMLQuantizationType[stored.kind])
+            part.copy_(torch.from_numpy(values))
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """A single value of the metadata. UserError where it is of another kind, or missing without a default."""

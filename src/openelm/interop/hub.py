@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+# What git forbids in the name of a branch: characters, pairs, beginnings and ends (of each part between slashes).
+_NO_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|(^|/)\.|(/|\.|\.lock)$|\.lock/")
 ANSWER_S = 10.0  # for the Hub's first answer: a network that swallows packets would hold us for minutes
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = (
@@ -50,6 +52,15 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return found["repo"], found["revision"]
 
 
+def check_branch(name: str) -> None:
+    """UserError for a name that git does not allow for a branch: the Hub would refuse it after others were sent."""
+    if not name or name in ("@", "HEAD") or _NO_BRANCH.search(name):
+        raise UserError(
+            f"{name!r} cannot be the name of a branch, by git's rules: take letters, digits, - and _, with single dots "
+            "and slashes between them"
+        )
+
+
 def download(reference: str) -> Path:
     """The folder of a model on the Hub, with the files that we read; from the cache where nothing has changed.
 
@@ -66,14 +77,12 @@ def download_tokenizer(reference: str) -> Path:
 
 def model_path(reference: str) -> Path:
     """The path itself where there is one, else the downloaded folder of a repository on the Hub."""
-    path = Path(reference)
-    return path if path.exists() or not HUB_ID.fullmatch(reference) else download(reference)
+    return _here_or(download, reference)
 
 
 def tokenizer_path(reference: str) -> Path:
     """As ``model_path``, of a tokenizer's file or folder."""
-    path = Path(reference)
-    return path if path.exists() or not HUB_ID.fullmatch(reference) else download_tokenizer(reference)
+    return _here_or(download_tokenizer, reference)
 
 
 def tokenizer_help(reference: str) -> str:
@@ -84,6 +93,16 @@ def tokenizer_help(reference: str) -> str:
         f"set HF_TOKEN), or one of its ungated copies: {', '.join(OPEN_TOKENIZERS)}. With any other tokenizer the ids "
         "mean other words, and the text is nonsense"
     )
+
+
+def _here_or(fetch: Callable[[str], Path], reference: str) -> Path:
+    path = Path(reference)
+    if path.exists() or not HUB_ID.fullmatch(reference):
+        return path
+    try:
+        return fetch(reference)
+    except UserError as error:  # a path that is mistyped may have the form of a name
+        raise UserError(f"{reference} is no file or folder here, so the Hub was asked: {error}") from error
 
 
 def _snapshot(reference: str, wanted: tuple[str, ...], check: Callable[[str, list[str]], None]) -> Path:

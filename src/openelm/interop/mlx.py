@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.interop.source import Source
+from openelm.interop.source import Source, open_folder
 from openelm.interop.target import Format, MissingEngineError, Target, write_beside
 from openelm.model.folder import SHARD_BYTES, write_config
 from openelm.model.quantize import GROUP_SIZES, fits, packed_columns, quantize
@@ -53,7 +53,7 @@ def write(folder: Path, source: Source, form: Format) -> None:
     entries = [entry for name in names for entry in entries_of(name, source.shapes[name], form)]
     tensors = (tensor for name in names for tensor in tensors_of(name, source, form))
     write_shards(folder, entries, tensors, SHARD_BYTES, {"format": "mlx"})
-    write_beside(folder, source)
+    write_beside(folder, source, library="mlx", quantize=form.quantize)
 
 
 def is_quantized(shape: tuple[int, ...], form: Format) -> bool:
@@ -102,4 +102,4 @@ def logits(folder: Path, rows: list[list[int]]) -> Tensor:
     return torch.from_numpy(np.array(model(mx.array(rows)).astype(mx.float32)))
 
 
-TARGET = Target(engine="mlx-lm", is_file=False, check=check, write=write, logits=logits)
+TARGET = Target(engine="mlx-lm", is_file=False, check=check, write=write, stored=open_folder, logits=logits)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ class Source:
     config: ModelConfig
     dtype: torch.dtype  # of the stored matrices; of what they stand for, where they are quantised
     read: Callable[[str], Tensor]  # by name, on the CPU; called once a tensor, when the one before is done with
+    quantized: bool = False  # whether what is read was rounded to few bits before
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     card: str | None = None  # README.md of the source: licence and base model are carried over from it
     licence: str | None = None  # text of its LICENSE file
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
 
     @property
@@ -60,20 +63,80 @@ def open_folder(folder: Path) -> Source:
     """A model folder: ours, Apple's, mlx-lm's (quantised too), or a checkpoint of a run; UserError otherwise."""
     from openelm.data.tokenizer import Tokenizer
 
-    config, dtype = load_config(folder)
+    config, _ = load_config(folder)
     stored = open_tensors(folder)
     stored.check(tensor_shapes(config))
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer, notes = None, []
+    # A run keeps one tokenizer for all its checkpoints.
+    for place in (folder, folder.parent.parent / "tokenizer"):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = Tokenizer.load(place)
+            notes += _left_behind(place, tokenizer)
+            break
+    if stored.quantized_dtype is not None:
+        notes.append(f"{folder} is quantised: what follows has the values that its codes stand for")
     return Source(
         origin=str(folder),
         config=config,
-        dtype=dtype,
+        dtype=widest(stored.dtypes()),
         read=stored.read,
-        tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
-        chat_template=read_text(folder / "chat_template.jinja"),
+        quantized=stored.quantized_dtype is not None,
+        tokenizer=tokenizer,
+        chat_template=_chat_template(folder),
+        generation=_json(folder / "generation_config.json"),
+        notes=tuple(notes),
         card=read_text(folder / "README.md"),
         licence=read_text(next(iter(sorted(folder.glob("LICENSE*"))), folder / "LICENSE")),
     )
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """A dtype that holds what all of these hold; float32 for anything wider."""
+    found = set(dtypes)
+    return found.pop() if found in ({torch.bfloat16}, {torch.float16}) else torch.float32
+
+
+def with_tokenizer(source: Source, tokenizer: Tokenizer) -> Source:
+    """The source with a tokenizer, whose begin and end of text are then the model's. UserError: it is too large."""
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {source.origin} only "
+            f"{source.config.vocab_size} rows: they do not belong together"
+        )
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    was = {name: getattr(source.config, name) for name in ends}
+    note = f"begin and end of text are the tokenizer's, {tokenizer.bos_id} and {tokenizer.eos_id}; the model said "
+    note += f"{was['bos_token_id']} and {was['eos_token_id']}"
+    return replace(
+        source,
+        tokenizer=tokenizer,
+        config=source.config.changed(**ends),
+        notes=(*source.notes, note) if was != ends else source.notes,
+    )
+
+
+def _left_behind(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """What tokenizer.json knows and tokenizer.model, which is taken where both are there, does not."""
+    vocabulary = _json(folder / "tokenizer.json").get("added_tokens") or []
+    added = [entry["content"] for entry in vocabulary if entry.get("id", 0) >= tokenizer.vocab_size]
+    if not added:
+        return []
+    return [f"{folder}: tokenizer.json has {len(added)} tokens more than tokenizer.model ({added[0]}, …): left behind"]
+
+
+def _chat_template(folder: Path) -> str | None:
+    """From its own file, or from tokenizer_config.json, where older folders have it."""
+    older = _json(folder / "tokenizer_config.json").get("chat_template")
+    return read_text(folder / "chat_template.jinja") or (older if isinstance(older, str) else None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """An object of a file that may be missing; UserError where it is damaged."""
+    try:
+        data = json.loads(read_text(file) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error})") from error
+    return data if isinstance(data, dict) else {}
 
 
 def read_text(file: Path) -> str | None:
@@ -122,6 +185,11 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], origin: str, **known: Any
         vocab_size, model_dim = shapes["token_embeddings.weight"]
         layers = len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
         qk_norm = "layers.0.attn.q_norm.weight" in shapes
+        if not qk_norm and "head_dim" not in known:
+            raise UserError(
+                f"{origin} does not normalise queries and keys, so that its shapes do not tell the width of a head: "
+                "convert from a format that states it (a model folder)"
+            )
         head_dim = shapes["layers.0.attn.q_norm.weight"][0] if qk_norm else known["head_dim"]
         query = [shapes[f"layers.{i}.attn.out_proj.weight"][1] // head_dim for i in range(layers)]
         total = [shapes[f"layers.{i}.attn.qkv_proj.weight"][0] // head_dim for i in range(layers)]
@@ -130,6 +198,8 @@ def geometry_of(shapes: Mapping[str, tuple[int, ...]], origin: str, **known: Any
         (num_gqa_groups,) = groups
     except KeyError as error:
         raise UserError(f"{origin} is not an OpenELM: it lacks {error.args[0]}") from error
+    except UserError:
+        raise
     except (ValueError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"{origin}: the shapes of its tensors are not those of an OpenELM ({error})") from error
     given = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.interop.source import Source
+from openelm.interop.source import Source, open_folder
 from openelm.interop.target import Format, MissingEngineError, Target, write_beside
 from openelm.model.folder import write_model
 
@@ -46,8 +46,9 @@ def complete(folder: Path) -> None:
     _change(folder / "config.json", auto_map=AUTO_MAP)
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
-        # transformers 4 would make a third input, token_type_ids, which its generate then refuses.
-        _change(tokenizer, model_input_names=["input_ids", "attention_mask"])
+        # transformers 4 would make a third input, token_type_ids, which its generate then refuses; 4 and 5 would pad on
+        # the right, where generate takes the padding for the end of the prompt.
+        _change(tokenizer, model_input_names=["input_ids", "attention_mask"], padding_side="left")
 
 
 def logits(path: Path, rows: list[list[int]]) -> Tensor:
@@ -72,4 +73,4 @@ def _change(path: Path, **entries: object) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-TARGET = Target(engine="transformers", is_file=False, check=check, write=write, logits=logits)
+TARGET = Target(engine="transformers", is_file=False, check=check, write=write, stored=open_folder, logits=logits)

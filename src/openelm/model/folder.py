@@ -111,8 +111,13 @@ def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     if data.get("model_type") != "openelm":
         raise UserError(f"{path} says model_type {data.get('model_type')!r}: only 'openelm' can be read")
     name = data.get("dtype") or data.get("torch_dtype")
-    if name is not None and name not in DTYPES:
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
         raise UserError(f"{path} says dtype {name!r}: it must be one of {', '.join(DTYPES)}")
+    if (data.get("rope_scaling") or {}).get("rope_type", "default") != "default":
+        raise UserError(f"{path} says rope_scaling {data['rope_scaling']!r}: only unscaled positions are built")
+    if data.get("tie_word_embeddings") is False:
+        # Other tools' word for it; untied as soon as one of the two says so, as a head must not be passed over.
+        data["share_input_output_layers"] = False
     known = {f.name for f in fields(ModelConfig)}
     for key in ("model_dim", "num_transformer_layers"):
         if key not in data:
@@ -133,7 +138,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold an object with the model's keys")

@@ -26,6 +26,9 @@ SIZES: dict[str, dict[str, int]] = {
 FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
 
 
+MOST_LAYERS = 1000  # a damaged or hostile file may ask for any number
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture, in the field names of the model folder's config.json.
@@ -89,6 +92,23 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name}={value!r} must be a whole number of at least 1")
+        if isinstance(self.num_transformer_layers, int) and self.num_transformer_layers > MOST_LAYERS:
+            problems.append(f"num_transformer_layers={self.num_transformer_layers} is above the limit of {MOST_LAYERS}")
+        for name in ("rope_freq_constant", "rope_max_length", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                problems.append(f"{name}={value!r} must be a positive number")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                problems.append(f"{name}={value!r} must be the id of a token")
+        for name in ("normalize_qk_projections", "share_input_output_layers"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r} must be true or false")
+        for name in ("num_query_heads", "num_kv_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                problems.append(f"{name}={value!r} must be a list, one number a layer")
         if isinstance(self.head_dim, int) and self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} must be even, because RoPE rotates its two halves")
         for name, only in FIXED.items():
@@ -183,6 +203,10 @@ class ModelConfig:
     def as_dict(self) -> dict[str, Any]:
         """Fields as plain lists and numbers."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def make_divisible(value: float, divisor: int) -> int:

@@ -15,6 +15,9 @@ from torch import Tensor
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32"}
 
 
+WORD = 4  # bytes
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor that is going to be written."""
@@ -76,7 +79,8 @@ def _cut(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if shards[-1] and size + entry.num_bytes > shard_bytes:
+        # Not within a quantised matrix whose scales are an odd number of 16 bits: words would stand askew behind it.
+        if shards[-1] and size + entry.num_bytes > shard_bytes and size % WORD == 0:
             shards.append([])
             size = 0
         shards[-1].append(entry)

@@ -19,7 +19,8 @@ from openelm.model.quantize import Quantized, dequantize, packed_columns
 
 PLACES = "openelm.rows"  # in a file's metadata: JSON of {tensor: [first row, shape of the whole]}
 OPEN_FILES = 16  # that a reader keeps open
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROWS = 4096  # of two matrices that are compared
 
 
 def to_folder_name(name: str) -> str:
@@ -115,7 +116,8 @@ class StoredTensors:
         for name, found in self.shapes.items():
             piece = self._pieces[name][0]
             if name == "classifier.weight" and name not in shapes:
-                continue  # some tools write the shared embedding twice
+                self._check_shared()
+                continue
             if name not in shapes:
                 what = "which a model of this config.json does not have"
                 if name.endswith((".scales", ".biases")):
@@ -131,6 +133,26 @@ class StoredTensors:
         if missing := shapes.keys() - self.shapes.keys():
             first = to_folder_name(min(missing))
             raise UserError(f"{self._folder} lacks {len(missing)} tensors, the first of them {first}")
+
+    def _check_shared(self) -> None:
+        """Some tools write the shared embedding twice; UserError where the second is another matrix."""
+        table, head = "token_embeddings.weight", "classifier.weight"
+        rows = self.shapes[head][0]
+        same = self.shapes.get(table) == self.shapes[head] and all(
+            torch.equal(self.read(table, row, min(ROWS, rows - row)), self.read(head, row, min(ROWS, rows - row)))
+            for row in range(0, rows, ROWS)
+        )
+        if not same:
+            raise UserError(
+                f"{self._folder} has an lm_head.weight unlike its embedding, and config.json says that they are one: "
+                "set share_input_output_layers to false there, or remove the tensor"
+            )
+
+    def dtypes(self) -> set[torch.dtype]:
+        """What the matrices are stored in; those that quantised ones stand for are in."""
+        matrices = [name for name, shape in self.shapes.items() if len(shape) > 1]
+        plain = {FLOATS[self._pieces[name][0].kind] for name in matrices if name not in self._packings}
+        return plain | ({self.quantized_dtype} if self.quantized_dtype else set())
 
     def read(self, name: str, first_row: int = 0, rows: int | None = None) -> Tensor:
         """Rows ``first_row`` to ``first_row + rows`` (default: to the end) of a tensor, on the CPU."""
@@ -216,7 +238,7 @@ class StoredTensors:
                     raise ValueError(f"{stored} is part of {whole} here, and of {self.shapes[name]} in another file")
                 piece = _Piece(file, stored, kind, int(first_row), shape[0] if shape else 1, tuple(whole))
                 self._pieces.setdefault(name, []).append(piece)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _unreadable(file, error) from error
 
 
@@ -253,8 +275,10 @@ def _indexed(index: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(map(os.fspath, weight_map.values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of tensors ({error!r})") from error
+    if not names:
+        raise UserError(f"{index} names no file: it is no index of tensors")
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index} points outside the folder ({name!r}): refused")

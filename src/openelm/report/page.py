@@ -3,7 +3,7 @@
 import html
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -32,8 +32,11 @@ MAX_EVENTS = 40
 FATES = ("kept", "too_few_characters", "too_few_tokens", "undecodable", "held_out")
 
 
-def write_report(run: Path) -> Path:
-    """Write run/report/index.html, one self-contained file, with its pictures beside it; return its path."""
+def write_report(run: Path, evaluation: Callable[[Path], str] = lambda _: "") -> Path:
+    """Write run/report/index.html, one self-contained file, with its pictures beside it; return its path.
+
+    ``evaluation`` draws the section on what was measured, and keeps its pictures in the folder that it is given.
+    """
     plots.require_matplotlib()
     files = read_run(run)
     folder = run / "report"
@@ -47,6 +50,7 @@ def write_report(run: Path) -> Path:
         figures=_key_figures(files),
         learning=_learning(files, folder),
         comparison=_comparison(files, folder),
+        evaluation=evaluation(folder),
         geometry=_geometry(files, folder),
         samples=_samples(files),
         data=_data(files),

@@ -24,6 +24,7 @@ from openelm.data.tokenizer import Tokenizer
 from openelm.errors import Stopped, UserError
 from openelm.files import remove_drafts, whole_folder, write_json
 from openelm.interop.card import trained_card
+from openelm.interop.convert import open_source
 from openelm.interop.transformers_folder import complete
 from openelm.model.folder import write_model
 from openelm.model.geometry import ModelConfig
@@ -52,6 +53,7 @@ class Begun:
     notes: list[str]
     units: list[list[Unit]]  # of each source
     held_out: HeldOut
+    base_card: str | None  # of the model that the run begins from: it may be gone when the run has ended
     attempt: str  # marks the files that this start writes
 
 
@@ -72,15 +74,22 @@ class Parts:
     guard: Guard
     checkpoints: Checkpoints
     keeper: Keeper
+    base_card: str | None
 
 
 def pretrain(
-    config: RunConfig, run: Path, *, resume: bool | None, resume_step: int | None = None, overwrite: bool = False
+    config: RunConfig,
+    run: Path,
+    *,
+    resume: bool | None,
+    resume_step: int | None = None,
+    overwrite: bool = False,
+    live: Callable[[World, Tokenizer], loop.Probe] | None = None,
 ) -> dict[str, Any]:
     """Train, average, compare, and write the model folder; returns what summary.json holds (on rank 0).
 
-    ``resume`` None goes on where there is a run and begins where there is none. Raises Stopped where a signal ended the
-    run before its time.
+    ``resume`` None goes on where there is a run and begins where there is none. ``live`` makes a further probe. Raises
+    Stopped where a signal ended the run before its time.
     """
     train = config.train
     with World(train.sharding, train.timeout_s) as world, ExitStack() as stack:
@@ -100,7 +109,7 @@ def pretrain(
             _say_what_begins(ready, recorder, begun.notes, start.step)
             with Stopping() as stopping:
                 try:
-                    reached = _train(ready, recorder, stopping, start)
+                    reached = _train(ready, recorder, stopping, start, live)
                 except UserError:
                     ready.keeper.leave()
                     raise
@@ -121,6 +130,7 @@ def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Be
     own = run / "tokenizer"
     tokenizer = Tokenizer.load(own) if resume and own.is_dir() else parts.load_tokenizer(config)
     geometry = parts.geometry(config, tokenizer)
+    base_card = open_source(config.train.init_from).card if config.train.init_from else None
     units = [find_units(source) for source in parts.sources(config)]
     by_name = {source.name: found for source, found in zip(config.data.sources, units, strict=True)}
     if resume:
@@ -133,7 +143,8 @@ def _begin(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> Be
     else:
         parts.check_sources(config, tokenizer, units)
         create(run, config, geometry, tokenizer, fingerprint(by_name))
-    return Begun(resume, notes, units, parts.held_out(config, tokenizer, units), secrets.token_hex(8))
+    held_out = parts.held_out(config, tokenizer, units)
+    return Begun(resume, notes, units, held_out, base_card, secrets.token_hex(8))
 
 
 def _assemble(config: RunConfig, run: Path, world: World, begun: Begun) -> Parts:
@@ -174,10 +185,21 @@ def _assemble(config: RunConfig, run: Path, world: World, begun: Begun) -> Parts
         attempt=begun.attempt,
         asynchronous=train.async_checkpoints,
     )
-    stream = parts.token_stream(config, tokenizer, begun.units)
-    held_out = begun.held_out
     return Parts(
-        config, run, world, geometry, tokenizer, stream, held_out, dtype, model, optimizer, guard, checkpoints, keeper
+        config=config,
+        run=run,
+        world=world,
+        geometry=geometry,
+        tokenizer=tokenizer,
+        stream=parts.token_stream(config, tokenizer, begun.units),
+        held_out=begun.held_out,
+        dtype=dtype,
+        model=model,
+        optimizer=optimizer,
+        guard=guard,
+        checkpoints=checkpoints,
+        keeper=keeper,
+        base_card=begun.base_card,
     )
 
 
@@ -202,7 +224,13 @@ def _first(ready: Parts) -> loop.Reached:
     return loop.Reached(state.step, 0)
 
 
-def _train(ready: Parts, recorder: Recorder, stopping: Stopping, start: loop.Reached) -> loop.Reached:
+def _train(
+    ready: Parts,
+    recorder: Recorder,
+    stopping: Stopping,
+    start: loop.Reached,
+    live: Callable[[World, Tokenizer], loop.Probe] | None,
+) -> loop.Reached:
     config, world = ready.config, ready.world
     train, data = config.train, config.data
     peak = world.first(lambda: gemm_flops_per_s(ready.dtype, world.device))
@@ -243,7 +271,7 @@ def _train(ready: Parts, recorder: Recorder, stopping: Stopping, start: loop.Rea
             world=world,
             guard=ready.guard,
             keep=ready.keeper,
-            probes=_probes(ready),
+            probes=[*_probes(ready), *([live(world, ready.tokenizer)] if live else [])],
             asked_to_stop=stopping,
             start=start,
         )
@@ -284,6 +312,7 @@ def _finish(ready: Parts, recorder: Recorder, reached: loop.Reached) -> dict[str
             steps=reached.step,
             tokens=reached.tokens,
             bits_per_byte=scores.get(name),
+            base_card=ready.base_card,
         )
         world.first(lambda: _write_model(ready, run / folder, read, card))
 

@@ -96,7 +96,7 @@ def write(
     """One continuation of each prompt, on rank 0; the others lend it their weights and get nothing."""
     if not prompts:
         return []
-    with gathered(model, world) as whole, _evaluating(whole):
+    with gathered(model, world) as whole, evaluating(whole):
         if world.rank:
             return []
         ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -117,7 +117,8 @@ def data_account(world: World, *, every: int, steps: int) -> Probe:
 
 
 @contextmanager
-def _evaluating(model: OpenELM) -> Iterator[None]:
+def evaluating(model: OpenELM) -> Iterator[None]:
+    """No gradients, and nothing that only training does."""
     model.eval()
     try:
         with torch.no_grad():

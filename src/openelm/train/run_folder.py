@@ -32,6 +32,10 @@ NO_NUMBER = {
     "train.milestone_every",
     "train.async_checkpoints",
     "train.timeout_s",
+    "train.evaluate_every",
+    "train.evaluate_tasks",
+    "train.evaluate_limit",
+    "train.evaluate_data",
     "data.workers",
 }
 ROUNDING = {"train.micro_batch", "train.sharding", "train.activation_checkpointing", "train.compile"}
@@ -132,9 +136,9 @@ def _differences(run: Path, config: RunConfig) -> list[str]:
     before.pop("geometry", None)
     old, new = _flat(before), _flat(as_plain(config))
     differing = {
-        key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        key: f"{key} was {old.get(key, _default(key))!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key not in NO_NUMBER and old.get(key) != new.get(key)
+        if key not in NO_NUMBER and old.get(key, _default(key)) != new.get(key)
     }
     if refused := [text for key, text in differing.items() if key not in ROUNDING]:
         raise UserError(
@@ -142,6 +146,14 @@ def _differences(run: Path, config: RunConfig) -> list[str]:
             "another --run"
         )
     return list(differing.values())
+
+
+def _default(key: str) -> Any:
+    """What a key means that a run does not know, because it was begun before there was such a key."""
+    section, _, name = key.partition(".")
+    fields = getattr(RunConfig.model_fields.get(section), "annotation", None)
+    field = getattr(fields, "model_fields", {}).get(name)
+    return field.default if field is not None and not field.is_required() else None
 
 
 def create(

@@ -1,0 +1,254 @@
+"""openelm evaluate: what is measured is kept, not measured again, and one task that fails stops no other."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from openelm import cli
+from openelm.data.tokenizer import Tokenizer
+from openelm.evaluate.results import Evaluation, TaskResult, of_run
+from openelm.evaluate.subjects import find
+from openelm.model.folder import save_model
+from small_models import make
+
+pytest.importorskip("lm_eval")
+
+
+def write_tasks(folder: Path) -> Path:
+    """Data for arc_easy and winogrande, in their columns: a few questions, and examples to show before them."""
+    questions = [
+        {
+            "id": str(number),
+            "question": f"Which word is number {number}?",
+            "choices": {"text": ["one", "another house", "water"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[number % 3],
+        }
+        for number in range(9)
+    ]
+    sentences = [
+        {"sentence": f"The {number}. house was larger than the tree, so _ was small.", "option1": "the house",
+         "option2": "the tree", "answer": str(number % 2 + 1)}
+        for number in range(7)
+    ]  # fmt: skip
+    for place, rows in (
+        ("ai2_arc/ARC-Easy/test.jsonl", questions),
+        ("ai2_arc/ARC-Easy/train.jsonl", questions[::-1]),
+        ("winogrande/winogrande_xl/validation.jsonl", sentences),
+    ):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path, golden_weights, tokenizer_file) -> Path:
+    return save_model(make(golden_weights), tmp_path / "model", tokenizer=Tokenizer.load(tokenizer_file))
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """Run the command in tmp_path on local data; gives exit code, the JSON that it prints, and what it says."""
+    monkeypatch.chdir(tmp_path)
+    data = write_tasks(tmp_path / "data")
+
+    def run(*words: object) -> tuple[int, dict, str]:
+        capsys.readouterr()
+        code = cli.run(["evaluate", *map(str, words), "--data", str(data), "--json"])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out or "{}"), captured.err
+
+    return run
+
+
+def test_tasks_are_measured_and_kept(model, evaluate, tmp_path):
+    code, found, _ = evaluate("model", "--tasks", "arc_easy,winogrande,arc_easy@2")
+    assert code == 0
+    (evaluation,) = found["evaluations"]
+    assert list(evaluation["tasks"]) == ["arc_easy@0", "winogrande@0", "arc_easy@2"]
+    assert [task["examples"] for task in evaluation["tasks"].values()] == [9, 7, 9]
+    assert all(task["bos"] for task in evaluation["tasks"].values())
+    for task in evaluation["tasks"].values():
+        assert task["metrics"]["acc"] * task["examples"] == pytest.approx(
+            round(task["metrics"]["acc"] * task["examples"])
+        )
+    assert evaluation["model"]["parameters"] == make_parameters()
+    assert Evaluation.load(tmp_path / "evaluations" / "model.json").tasks["arc_easy@2"].shots == 2
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["model.json"]
+
+
+def make_parameters() -> int:
+    from openelm.model.geometry import ModelConfig
+    from small_models import UNEVEN
+
+    return ModelConfig(**UNEVEN).num_parameters()
+
+
+def test_what_is_measured_is_not_measured_again(model, evaluate, monkeypatch):
+    assert evaluate("model", "--tasks", "arc_easy", "--limit", "4")[0] == 0
+    from openelm.evaluate import harness
+
+    measured = []
+    measure = harness.measure
+    monkeypatch.setattr(
+        harness, "measure", lambda lm, loaded, spec, **o: measured.append(spec.task) or measure(lm, loaded, spec, **o)
+    )
+    assert evaluate("model", "--tasks", "arc_easy,winogrande", "--limit", "4")[0] == 0
+    assert measured == ["winogrande"]
+    # Of all examples, without a BOS, or of other weights it is another measurement.
+    assert evaluate("model", "--tasks", "arc_easy")[0] == 0
+    assert evaluate("model", "--tasks", "arc_easy", "--no-bos")[0] == 0
+    assert measured == ["winogrande", "arc_easy", "arc_easy"]
+
+
+def test_other_weights_begin_anew_and_the_old_results_are_kept(
+    model, evaluate, tmp_path, golden_weights, tokenizer_file
+):
+    assert evaluate("model", "--tasks", "arc_easy")[0] == 0
+    before = Evaluation.load(tmp_path / "evaluations" / "model.json")
+    changed = make(golden_weights)
+    with torch.no_grad():
+        changed.norm.weight.mul_(2)
+    save_model(changed, model, tokenizer=Tokenizer.load(tokenizer_file), overwrite=True)
+    assert evaluate("model", "--tasks", "winogrande")[0] == 0
+    files = sorted((tmp_path / "evaluations").glob("*.json"))
+    assert len(files) == 2
+    kept = next(file for file in files if file.name != "model.json")
+    assert Evaluation.load(kept) == before
+    assert list(Evaluation.load(tmp_path / "evaluations" / "model.json").tasks) == ["winogrande@0"]
+
+
+def test_a_task_that_fails_is_named_and_the_others_finish(model, evaluate):
+    code, found, said = evaluate("model", "--tasks", "arc_easy,piqa,winogrande")
+    assert code == 2
+    assert list(found["evaluations"][0]["tasks"]) == ["arc_easy@0", "winogrande@0"]
+    (failure,) = found["failures"]
+    assert "piqa" in failure
+    assert "not measured: model: piqa" in said
+
+
+def test_both_engines_measure_the_same(model, evaluate):
+    pytest.importorskip("transformers")
+    words = ["model", "--tasks", "arc_easy@1,winogrande"]
+    _, ours, _ = evaluate(*words)
+    _, theirs, _ = evaluate(*words, "--engine", "transformers", "--out", "theirs")
+    for key, task in ours["evaluations"][0]["tasks"].items():
+        assert theirs["evaluations"][0]["tasks"][key]["metrics"] == task["metrics"]
+
+
+def test_a_run_is_measured_checkpoint_by_checkpoint(recipe, write_recipe, tmp_path, evaluate):
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 0
+    code, found, _ = evaluate("run", "--tasks", "arc_easy", "--limit", "3")
+    assert code == 0
+    about = [evaluation["model"] for evaluation in found["evaluations"]]
+    assert [model.get("step") for model in about] == [4, 6, 8, 8]
+    assert [model.get("averaged", False) for model in about] == [False, False, False, True]
+    assert [model["label"] for model in about] == ["step_00000004", "step_00000006", "step_00000008", "model"]
+    assert about[0]["tokens"] < about[1]["tokens"] < about[2]["tokens"]
+    assert len(of_run(tmp_path / "run")) == 4
+
+
+def test_the_papers_table_is_shown(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_tasks(tmp_path / "data")
+    assert cli.run(["evaluate", "model", "--suite", "zero-shot", "--data", str(data)]) == 2  # most have no data here
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    (row,) = [line for line in lines if line.startswith("| **model**")]
+    cells, head = ([cell.strip() for cell in line.strip("|").split("|")] for line in (row, lines[2]))
+    assert cells[head.index("PIQA")] == "-"
+    assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", cells[head.index("ARC-e")])
+    assert "OpenELM" in captured.out
+    assert "54.37" in captured.out
+    assert captured.err.count("not measured:") == 5
+
+
+def test_the_card_says_what_was_measured_of_all_examples(model, evaluate, tmp_path):
+    from openelm.interop.card import parse, section
+
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nText.\n")
+    assert evaluate("model", "--tasks", "arc_easy", "--card")[0] == 0
+    found = evaluate("model", "--tasks", "arc_easy,winogrande", "--card")[1]["evaluations"][0]["tasks"]
+    assert evaluate("model", "--tasks", "arc_easy@1", "--limit", "2", "--card")[0] == 0  # says nothing of the whole
+    metadata, body = parse((model / "README.md").read_text())
+    assert metadata["license"] == "mit"
+    results = metadata["model-index"][0]["results"]
+    assert {r["dataset"]["name"]: r["metrics"][0]["value"] for r in results} == {
+        "arc_easy, 0 shots": pytest.approx(found["arc_easy@0"]["metrics"]["acc_norm"], abs=1e-4),
+        "winogrande, 0 shots": pytest.approx(found["winogrande@0"]["metrics"]["acc"], abs=1e-4),
+    }
+    assert body.startswith("# Mine\n\nText.")
+    assert section(body, "Accuracy").count("| arc_easy | 0 | acc_norm |") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "choose what to measure: --suite"),
+        (["--suite", "zero-shot", "--tasks", "piqa"], "one of the two"),
+        (["--suite", "zeroshot"], "did you mean zero-shot"),
+        (["--tasks", "arc_easi"], "did you mean arc_easy"),
+        (["--tasks", "arc_easy@x"], "behind @ stands the number"),
+        (["--tasks", "arc_easy", "--limit", "0"], "--limit 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, evaluate, capsys, words, message):
+    code, _, said = evaluate("model", *words)
+    assert code == 2
+    assert message in said
+
+
+def test_a_model_is_asked_for(evaluate):
+    assert "name a model to evaluate" in evaluate("--tasks", "arc_easy")[2]
+    assert "nowhere" in evaluate("nowhere", "--tasks", "arc_easy")[2]
+
+
+def test_live_evaluation_leaves_the_training_as_it_was(recipe, write_recipe, tmp_path):
+    pytest.importorskip("lm_eval")
+    data = write_tasks(tmp_path / "data")
+    command = ["pretrain", write_recipe(recipe), "--run"]
+    assert cli.run([*command, str(tmp_path / "without")]) == 0
+    watched = ["train.evaluate_every=3", "train.evaluate_tasks=arc_easy@1,winogrande", f"train.evaluate_data={data}"]
+    assert cli.run([*command, str(tmp_path / "with"), *watched]) == 0
+    losses = [
+        [
+            entry["loss"]
+            for entry in map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+            if entry["kind"] == "train"
+        ]
+        for name in ("without", "with")
+    ]
+    assert losses[0] == losses[1]
+    found = [
+        entry
+        for entry in map(json.loads, (tmp_path / "with" / "metrics.jsonl").open())
+        if entry["kind"] == "evaluation"
+    ]
+    assert [(entry["step"], entry["task"], entry["shots"]) for entry in found] == [
+        (step, *task) for step in (3, 6, 8) for task in (("arc_easy", 1), ("winogrande", 0))
+    ]
+    model = (tmp_path / "with" / "model" / "model.safetensors").read_bytes()
+    assert model == (tmp_path / "without" / "model" / "model.safetensors").read_bytes()
+
+
+def test_results_come_back_as_they_were(tmp_path):
+    result = TaskResult("piqa", 0, {"acc": 0.5}, 10, "1.0", bos=False, limit=10)
+    evaluation = Evaluation({"origin": "it"}).with_task(result)
+    evaluation.save(tmp_path / "a" / "it.json")
+    assert Evaluation.load(tmp_path / "a" / "it.json") == evaluation
+    assert result.key == "piqa@0:10 no-bos"
+
+
+def test_a_checkpoint_by_itself_has_its_runs_tokenizer(recipe, write_recipe, tmp_path, evaluate):
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 0
+    code, found, _ = evaluate("run/checkpoints/step_00000006", "--tasks", "arc_easy", "--limit", "2")
+    assert code == 0
+    assert found["evaluations"][0]["model"]["step"] == 6
+
+
+def test_names_of_files_come_from_references(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (subject,) = find("./model", None)
+    assert subject.results == Path("evaluations/model.json")
