@@ -103,6 +103,38 @@ def test_what_is_measured_is_not_measured_again(model, evaluate, monkeypatch):
     assert measured == ["winogrande", "arc_easy", "arc_easy"]
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(model, evaluate, tmp_path, monkeypatch):
+    from openelm.evaluate import harness
+    from openelm.infer import likelihood
+
+    whole = evaluate("model", "--tasks", "arc_easy,winogrande", "--out", "whole")[1]["evaluations"][0]["tasks"]
+    asked: list[int] = []
+    compute = likelihood.likelihoods
+
+    def interrupted(engine, requests, **options):
+        done = options.pop("done")
+
+        def until_ten(index: int, answer: object) -> None:
+            done(index, answer)
+            if len(asked) == 10 and asked[0] >= 0:
+                raise KeyboardInterrupt
+            asked.append(index)
+
+        return compute(engine, requests, done=until_ten, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "likelihoods", interrupted)
+        assert evaluate("model", "--tasks", "arc_easy,winogrande", "--out", "cut")[0] == 130
+    (answers,) = (tmp_path / "cut").glob("*.answers.jsonl")
+    assert len(answers.read_text().splitlines()) >= 10
+    again: list[int] = []
+    monkeypatch.setattr(harness, "likelihoods", lambda e, r, **o: again.extend(r) or compute(e, r, **o))
+    found = evaluate("model", "--tasks", "arc_easy,winogrande", "--out", "cut")[1]["evaluations"][0]["tasks"]
+    assert {key: task["metrics"] for key, task in found.items()} == {k: t["metrics"] for k, t in whole.items()}
+    assert len(again) <= 27 + 14 - 10  # three choices a question, two a sentence
+    assert not list((tmp_path / "cut").glob("*.answers.jsonl"))
+
+
 def test_other_weights_begin_anew_and_the_old_results_are_kept(
     model, evaluate, tmp_path, golden_weights, tokenizer_file
 ):
@@ -138,6 +170,23 @@ def test_both_engines_measure_the_same(model, evaluate):
         assert theirs["evaluations"][0]["tasks"][key]["metrics"] == task["metrics"]
 
 
+def test_a_baseline_is_measured_by_transformers_and_stands_in_the_same_table(model, evaluate, tmp_path, tokenizer_file):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    Tokenizer.load(tokenizer_file).save(tmp_path / "llama")
+    code, found, _ = evaluate("model", "llama", "--tasks", "arc_easy")
+    assert code == 0
+    ours, theirs = found["evaluations"]
+    assert theirs["model"]["label"] == "llama"
+    assert theirs["model"]["parameters"] == 2 * 400 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert theirs["tasks"]["arc_easy@0"]["examples"] == ours["tasks"]["arc_easy@0"]["examples"] == 9
+    assert theirs["tasks"]["arc_easy@0"]["bos"]
+
+
 def test_a_run_is_measured_checkpoint_by_checkpoint(recipe, write_recipe, tmp_path, evaluate):
     assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 0
     code, found, _ = evaluate("run", "--tasks", "arc_easy", "--limit", "3")
@@ -145,7 +194,7 @@ def test_a_run_is_measured_checkpoint_by_checkpoint(recipe, write_recipe, tmp_pa
     about = [evaluation["model"] for evaluation in found["evaluations"]]
     assert [model.get("step") for model in about] == [4, 6, 8, 8]
     assert [model.get("averaged", False) for model in about] == [False, False, False, True]
-    assert [model["label"] for model in about] == ["step_00000004", "step_00000006", "step_00000008", "model"]
+    assert [model["label"] for model in about] == ["run, step 4", "run, step 6", "run, step 8", "run"]
     assert about[0]["tokens"] < about[1]["tokens"] < about[2]["tokens"]
     assert len(of_run(tmp_path / "run")) == 4
 

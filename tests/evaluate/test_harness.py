@@ -290,6 +290,15 @@ def test_a_measurement_says_what_it_is(engine, theirs, task, capsys):
     assert (few.examples, few.limit, few.bos) == (5, 5, False)
 
 
+def test_an_error_that_is_resampled_is_silent_too(engine, task, capsys):
+    loaded = task(metric_list=[{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}])
+    capsys.readouterr()
+    found = measure(EngineLM(engine), loaded, SPEC).metrics
+    assert capsys.readouterr() == ("", "")
+    assert -1 <= found["mcc"] <= 1
+    assert 0 < found["mcc_stderr"] < 1
+
+
 def test_measured_again_it_is_the_same(engine, task):
     loaded, lm = task(num_fewshot=2), EngineLM(engine)
     first, again = (measure(lm, loaded, SPEC, seed=7) for _ in range(2))
@@ -416,6 +425,8 @@ def test_conversations_are_prompts_as_transformers_makes_them(folder, engine, tm
         assert lm.tok_encode(text) == theirs.tok_encode(text)
         assert lm.tok_encode("<s>" + text) == theirs.tok_encode("<s>" + text)
     assert lm.apply_chat_template(turns) == render_chat(turns, add_generation_prompt=True)
+    begun = [turns[0], {"role": "assistant", "content": " "}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == render_chat(begun)
     assert engine.tokenizer.eos_id in lm.tok_encode(render_chat(turns))
     assert engine.tokenizer.eos_id not in EngineLM(engine).tok_encode("</s>")
     assert (lm.chat_template(True), lm.chat_template(False)) == (CHAT_TEMPLATE, None)

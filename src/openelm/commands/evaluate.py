@@ -113,7 +113,9 @@ def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec
     from openelm.model.folder import DTYPES
 
     evaluation = subject.begun(f"{args.dtype or 'as stored'} ({args.engine})", environment())
-    answers = subject.results.with_suffix(".answers.jsonl")
+    # Answers are of these weights in this dtype: those of an interrupted run with others must not be taken for them.
+    kind = f"{evaluation.model['digest'][:8]}-{args.dtype or 'stored'}"
+    answers = subject.results.with_suffix(f".{kind}.answers.jsonl")
     problems: list[str] = []
     lm: Any = None
     for spec in specs:
@@ -182,17 +184,22 @@ def shown(args: argparse.Namespace, evaluations: Sequence[Evaluation], specs: Se
         name = TABLES[args.suite]
         ours = [tables.own_row(found, name, label=found.model.get("label", "")) for found in evaluations]
         return tables.render(name, ours, args.table, errors=True)
-    lines = ["| model | task | shots | metric | value | standard error | examples |", "|---|---|--:|---|--:|--:|--:|"]
+    columns = [f"{spec.task}{f'@{spec.shots}' if spec.shots else ''} {spec.metric}" for spec in specs]
+    lines = [f"| model | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
     for found in evaluations:
-        for spec in specs:
-            for result in found.tasks.values():
-                if (result.task, result.shots, result.limit) == (spec.task, spec.shots, args.limit):
-                    lines += [_line(found, spec, result)]
+        cells = [_cell(found, spec, args.limit) for spec in specs]
+        lines.append(f"| {found.model.get('label', '')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _line(evaluation: Evaluation, spec: Spec, result: Any) -> str:
-    value, error = result.metrics.get(spec.metric), result.metrics.get(f"{spec.metric}_stderr")
-    figures = [f"{100 * number:.2f}" if number is not None else "-" for number in (value, error)]
-    label = evaluation.model.get("label", "")
-    return f"| {label} | {spec.task} | {spec.shots} | {spec.metric} | {' | '.join(figures)} | {result.examples:,} |"
+def _cell(evaluation: Evaluation, spec: Spec, limit: int | None) -> str:
+    """Percent and standard error of a measurement; "-" where there is none."""
+    for result in evaluation.tasks.values():
+        if (result.task, result.shots, result.limit) == (
+            spec.task,
+            spec.shots,
+            limit,
+        ) and spec.metric in result.metrics:
+            error = result.metrics.get(f"{spec.metric}_stderr")
+            return f"{100 * result.metrics[spec.metric]:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
+    return "-"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -49,8 +51,8 @@ class Answers:
 
     ``add_bos``: every text begins with a BOS. ``cache``: a file of this one model's answers, which is read, and added
     to while new ones come, so that an interrupted evaluation goes on where it was. ``chat_template``: Jinja text, for
-    instruct models; "<s>" and "</s>" in prompts are then the tokens. ``progress`` is told, once in a batch at least,
-    how many of a call's requests are answered, and how many there are.
+    instruct models; "<s>" and "</s>" in prompts are then the tokens. ``progress`` is told how many of a call's requests
+    are answered, and how many there are.
     """
 
     cache_hook: Any  # where lm-eval's own cache wants to be told
@@ -93,11 +95,9 @@ class Answers:
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, with a BOS where ``add_bos`` asks for it."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        ids = list(self._encode(string))
-        # A chat template may write a BOS itself.
-        return (
-            ids if not bos or (self._template and ids[:1] == [self.prefix_token_id]) else [self.prefix_token_id, *ids]
-        )
+        ids, first = list(self._encode(string)), [self.prefix_token_id]
+        written = self._template is not None and ids[:1] == first  # chat templates may begin with one themselves
+        return first + ids if bos and not written else ids
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         tokenizer = self.engine.tokenizer
@@ -225,10 +225,11 @@ class Answers:
             text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt, **names)
         except TemplateError as error:
             raise UserError(f"the chat template cannot be applied ({error}): correct chat_template.jinja") from error
-        if add_generation_prompt:
-            return text
         last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        if add_generation_prompt or not last:
+            return text
+        before, last, _ = text.rpartition(last)
+        return before + last or text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template in use, where one is asked for; lm-eval records it."""
@@ -309,8 +310,9 @@ def measure(
     for task in task_dict.get("tasks", task_dict).values():
         if hasattr(task, "set_fewshot_seed"):
             task.set_fewshot_seed(seed=seed)
+    # Resampled errors: computed here, not in forks of a process with a model (and a GPU) in it.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with _quiet(not verbose):
-        # The number of resamples matters to metrics without a formula for their error alone.
         found = evaluator.evaluate(
             lm=lm,
             task_dict=task_dict,
@@ -342,7 +344,7 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """Neither lm-eval's log nor progress bars, where that is asked for."""
+    """Neither lm-eval's log nor its prints nor progress bars, where that is asked for."""
     if not quiet:
         yield
         return
@@ -353,7 +355,8 @@ def _quiet(quiet: bool) -> Iterator[None]:
     log.setLevel(logging.ERROR)
     tqdm.__init__ = lambda bar, *args, **options: show(bar, *args, **{**options, "disable": True})
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         tqdm.__init__ = show
         log.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from openelm.errors import UserError
 from openelm.evaluate.results import Evaluation, digest
 from openelm.interop.hub import TOKENIZER_FILES, model_path, tokenizer_help, tokenizer_path
 from openelm.model.folder import find_model_folder, load_config
-from openelm.model.stored import safetensors_files
+from openelm.model.stored import StoredTensors, safetensors_files
 
 STEP = re.compile(r"step_(\d+)")
 
@@ -41,6 +42,9 @@ class Subject:
         about["digest"] = digest([self.folder / "config.json", *safetensors_files(self.folder, "model")])
         if self.is_openelm:
             about["parameters"] = load_config(self.folder)[0].num_parameters()
+        else:
+            shapes = StoredTensors(safetensors_files(self.folder, "model")).shapes.values()
+            about["parameters"] = sum(math.prod(shape) for shape in shapes)
         if self.results.is_file():
             found = Evaluation.load(self.results)
             if (found.model.get("digest"), found.model.get("dtype")) == (about["digest"], dtype):
@@ -70,13 +74,17 @@ def _of_run(run: Path, reference: str, out: Path) -> list[Subject]:
     steps = {int(found[1]): path for path in (run / "checkpoints").iterdir() if (found := STEP.fullmatch(path.name))}
     subjects = [
         Subject(
-            path, f"{reference}, step {step:,}", path.name, out / f"{path.name}.json", {"step": step, **_tokens(path)}
+            path,
+            f"{reference}, step {step:,}",
+            f"{run.name}, step {step:,}",
+            out / f"{path.name}.json",
+            {"step": step, **_tokens(path)},
         )
         for step, path in sorted(steps.items())
     ]
     if (run / "model" / "config.json").is_file():
         about = {"averaged": (run / "model-last").is_dir(), **(subjects[-1].about if subjects else {})}
-        subjects.append(Subject(run / "model", reference, "model", out / "model.json", about))
+        subjects.append(Subject(run / "model", reference, run.resolve().name, out / "model.json", about))
     if not subjects:
         raise UserError(f"{run} has neither checkpoints nor a model yet: let the run go on")
     return subjects

@@ -30,6 +30,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *(*TOKENIZER_FILES, "chat_template.jinja", "README.md", "LICENSE*"),
+    # Of other models, which are measured beside ours.
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
