@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # torch first and pinned: its dependants would otherwise choose another build.
 .venv/user: .venv/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,gguf]'
 	touch $@
 
 .venv/developer: .venv/user

@@ -1,5 +1,6 @@
 """Every command and every line of Python in the README runs, shortened where it is long."""
 
+import json
 import os
 import re
 import shlex
@@ -53,6 +54,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "my" / "texts" / f"{source.stem}.txt").write_text(
             source.read_text(encoding="utf-8"), encoding="utf-8"
         )
+    question = {
+        "question": "What is wet?",
+        "choices": {"text": ["water", "fire"], "label": ["A", "B"]},
+        "answerKey": "A",
+    }
+    (folder / "my" / "tasks" / "ai2_arc" / "ARC-Easy").mkdir(parents=True)
+    for split in ("test", "train"):
+        rows = "".join(json.dumps({"id": str(number), **question}) + "\n" for number in range(8))
+        (folder / "my" / "tasks" / "ai2_arc" / "ARC-Easy" / f"{split}.jsonl").write_text(rows)
     (folder / "my.jsonl").write_text('{"text": "' + "some words and more, " * 60 + '"}\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
