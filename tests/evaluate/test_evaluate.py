@@ -67,7 +67,11 @@ def test_tasks_are_measured_and_kept(model, evaluate, tmp_path):
     code, found, _ = evaluate("model", "--tasks", "arc_easy,winogrande,arc_easy@2")
     assert code == 0
     (evaluation,) = found["evaluations"]
-    assert list(evaluation["tasks"]) == ["arc_easy@0", "winogrande@0", "arc_easy@2"]
+    assert [(task["task"], task["shots"]) for task in evaluation["tasks"].values()] == [
+        ("arc_easy", 0),
+        ("winogrande", 0),
+        ("arc_easy", 2),
+    ]
     assert [task["examples"] for task in evaluation["tasks"].values()] == [9, 7, 9]
     assert all(task["bos"] for task in evaluation["tasks"].values())
     for task in evaluation["tasks"].values():
@@ -75,8 +79,9 @@ def test_tasks_are_measured_and_kept(model, evaluate, tmp_path):
             round(task["metrics"]["acc"] * task["examples"])
         )
     assert evaluation["model"]["parameters"] == make_parameters()
-    assert Evaluation.load(tmp_path / "evaluations" / "model.json").tasks["arc_easy@2"].shots == 2
-    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["model.json"]
+    (file,) = (tmp_path / "evaluations").iterdir()
+    assert file.name == f"model.{evaluation['model']['digest'][:8]}-stored.json"
+    assert [result.shots for result in Evaluation.load(file).tasks.values()] == [0, 0, 2]
 
 
 def make_parameters() -> int:
@@ -135,27 +140,104 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(model, e
     assert not list((tmp_path / "cut").glob("*.answers.jsonl"))
 
 
-def test_other_weights_begin_anew_and_the_old_results_are_kept(
-    model, evaluate, tmp_path, golden_weights, tokenizer_file
+def test_each_way_of_measuring_is_a_measurement_of_its_own(
+    model, evaluate, tmp_path, golden_weights, tokenizer_file, text_folder
 ):
-    assert evaluate("model", "--tasks", "arc_easy")[0] == 0
-    before = Evaluation.load(tmp_path / "evaluations" / "model.json")
+    """Other weights, another tokenizer, dtype, data, number of examples, no BOS: nothing is taken for another."""
+    from openelm.data.tokenizer import train_tokenizer
+
+    words = ["model", "--tasks", "arc_easy"]
+    assert evaluate(*words)[0] == 0
+    other = tmp_path / "other.model"
+    train_tokenizer([file.read_text() for file in sorted(text_folder.iterdir())[:20]], other, 380, threads=1)
+    (tmp_path / "more").mkdir()
+    shown = [
+        evaluate(*words, *more)[1]["evaluations"][0]
+        for more in (["--no-bos"], ["--limit", "3"], ["--dtype", "bfloat16"], ["--tokenizer", other])
+    ]
+    assert [len(found["tasks"]) for found in shown] == [2, 3, 1, 1]
     changed = make(golden_weights)
     with torch.no_grad():
         changed.norm.weight.mul_(2)
     save_model(changed, model, tokenizer=Tokenizer.load(tokenizer_file), overwrite=True)
-    assert evaluate("model", "--tasks", "winogrande")[0] == 0
-    files = sorted((tmp_path / "evaluations").glob("*.json"))
-    assert len(files) == 2
-    kept = next(file for file in files if file.name != "model.json")
-    assert Evaluation.load(kept) == before
-    assert list(Evaluation.load(tmp_path / "evaluations" / "model.json").tasks) == ["winogrande@0"]
+    assert len(evaluate(*words)[1]["evaluations"][0]["tasks"]) == 1
+    assert len(list((tmp_path / "evaluations").glob("*.json"))) == 4
+    # And back again, all is there.
+    save_model(make(golden_weights), model, tokenizer=Tokenizer.load(tokenizer_file), overwrite=True)
+    assert len(evaluate(*words)[1]["evaluations"][0]["tasks"]) == 3
+
+
+def test_the_table_shows_what_was_asked_for(model, evaluate, tmp_path, capsys):
+    data = str(tmp_path / "data")
+    whole = evaluate("model", "--tasks", "winogrande")[1]["evaluations"][0]["tasks"]
+    few = evaluate("model", "--tasks", "winogrande", "--limit", "3", "--no-bos")[1]["evaluations"][0]["tasks"]
+    assert len(few) == 2
+    for words, limit in (([], None), (["--limit", "3", "--no-bos"], 3)):
+        (task,) = [task for task in few.values() if task["limit"] == limit]
+        for suite in (["--tasks", "winogrande"], ["--suite", "zero-shot"]):
+            capsys.readouterr()
+            cli.run(["evaluate", "model", *suite, "--data", data, *words])
+            printed = capsys.readouterr().out
+            (row,) = [line for line in printed.splitlines() if "±" in line] or [printed]
+            assert f"{100 * task['metrics']['acc']:.2f} ±" in row, (suite, words)
+    assert whole
+
+
+def test_models_of_one_name_are_told_apart(model, evaluate, tmp_path, golden_weights, tokenizer_file):
+    other = make(golden_weights, ffn_multipliers=(0.5, 2.0))
+    save_model(other, tmp_path / "deep" / "model", tokenizer=Tokenizer.load(tokenizer_file))
+    (tmp_path / "deep" / "data").mkdir()
+    code, found, _ = evaluate("model", "./model/../deep/model", "--tasks", "arc_easy", "--out", "here")
+    assert code == 0
+    one, two = found["evaluations"]
+    assert one["model"]["parameters"] != two["model"]["parameters"]
+    assert one["model"]["label"] != two["model"]["label"]
+    assert len(list((tmp_path / "here").glob("*.json"))) == 2
+
+
+def test_two_processes_do_not_lose_each_others_results(tmp_path):
+    path = tmp_path / "it.json"
+    one, two = Evaluation({"origin": "it"}), Evaluation({"origin": "it"})
+    one.with_task(TaskResult("piqa", 0, {"acc": 0.5}, 10, "1", bos=True)).save(path)
+    merged = two.with_task(TaskResult("sciq", 0, {"acc": 0.25}, 10, "1", bos=True)).save(path)
+    assert list(merged.tasks) == ["piqa@0", "sciq@0"]
+    assert Evaluation.load(path) == merged
+
+
+def test_what_fails_by_our_mistake_is_named_and_the_others_finish(model, evaluate, monkeypatch):
+    from openelm.evaluate import harness
+
+    measure = harness.measure
+
+    def breaks(lm, loaded, spec, **options):
+        if spec.task == "arc_easy":
+            raise ZeroDivisionError("by nobody")
+        return measure(lm, loaded, spec, **options)
+
+    monkeypatch.setattr(harness, "measure", breaks)
+    code, found, said = evaluate("model", "--tasks", "arc_easy,winogrande")
+    assert code == 1
+    assert [task["task"] for task in found["evaluations"][0]["tasks"].values()] == ["winogrande"]
+    assert "not measured: model: arc_easy: ZeroDivisionError: by nobody (" in said
+
+
+def test_a_checkpoint_that_is_gone_is_named_and_the_others_are_measured(recipe, write_recipe, tmp_path, evaluate):
+    assert cli.run(["pretrain", write_recipe(recipe), "--run", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors").unlink()
+    code, found, said = evaluate("run", "--tasks", "arc_easy", "--limit", "2")
+    assert code == 2
+    assert [evaluation["model"]["label"] for evaluation in found["evaluations"]] == [
+        "run, step 4",
+        "run, step 8",
+        "run",
+    ]
+    assert "step_00000006 lacks model.safetensors" in said
 
 
 def test_a_task_that_fails_is_named_and_the_others_finish(model, evaluate):
     code, found, said = evaluate("model", "--tasks", "arc_easy,piqa,winogrande")
     assert code == 2
-    assert list(found["evaluations"][0]["tasks"]) == ["arc_easy@0", "winogrande@0"]
+    assert [task["task"] for task in found["evaluations"][0]["tasks"].values()] == ["arc_easy", "winogrande"]
     (failure,) = found["failures"]
     assert "piqa" in failure
     assert "not measured: model: piqa" in said
@@ -183,8 +265,8 @@ def test_a_baseline_is_measured_by_transformers_and_stands_in_the_same_table(mod
     ours, theirs = found["evaluations"]
     assert theirs["model"]["label"] == "llama"
     assert theirs["model"]["parameters"] == 2 * 400 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
-    assert theirs["tasks"]["arc_easy@0"]["examples"] == ours["tasks"]["arc_easy@0"]["examples"] == 9
-    assert theirs["tasks"]["arc_easy@0"]["bos"]
+    assert [next(iter(each["tasks"].values()))["examples"] for each in (ours, theirs)] == [9, 9]
+    assert next(iter(theirs["tasks"].values()))["bos"]
 
 
 def test_a_run_is_measured_checkpoint_by_checkpoint(recipe, write_recipe, tmp_path, evaluate):
@@ -224,9 +306,10 @@ def test_the_card_says_what_was_measured_of_all_examples(model, evaluate, tmp_pa
     metadata, body = parse((model / "README.md").read_text())
     assert metadata["license"] == "mit"
     results = metadata["model-index"][0]["results"]
+    found = {task["task"]: task for task in found.values()}
     assert {r["dataset"]["name"]: r["metrics"][0]["value"] for r in results} == {
-        "arc_easy, 0 shots": pytest.approx(found["arc_easy@0"]["metrics"]["acc_norm"], abs=1e-4),
-        "winogrande, 0 shots": pytest.approx(found["winogrande@0"]["metrics"]["acc"], abs=1e-4),
+        "arc_easy, 0 shots": pytest.approx(found["arc_easy"]["metrics"]["acc_norm"], abs=1e-4),
+        "winogrande, 0 shots": pytest.approx(found["winogrande"]["metrics"]["acc"], abs=1e-4),
     }
     assert body.startswith("# Mine\n\nText.")
     assert section(body, "Accuracy").count("| arc_easy | 0 | acc_norm |") == 1

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from openelm.commands.generate import add_engine_arguments
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
-    from openelm.evaluate.results import Evaluation
+    from openelm.evaluate.results import Evaluation, How, TaskResult
     from openelm.evaluate.subjects import Subject
     from openelm.evaluate.suites import Spec
 
@@ -59,22 +60,43 @@ def run(args: argparse.Namespace) -> int:
     from openelm.evaluate.subjects import find
 
     out = Path(args.out) if args.out else None
-    subjects = [subject for reference in args.models for subject in find(reference, out)]
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: results are kept in a folder")
+    subjects = named_apart([subject for reference in args.models for subject in find(reference, out)])
     set_threads(args)
-    evaluations, failures = [], []
+    rows: list[tuple[str, Evaluation]] = []
+    failures: list[str] = []
+    codes: list[int] = []
     for subject in subjects:
-        evaluation, problems = measure_all(args, subject, specs)
-        evaluations.append(evaluation)
+        try:
+            evaluation, problems = measure_all(args, subject, specs)
+            rows.append((subject.label, evaluation))
+            if args.card:
+                write_card(subject, evaluation, specs, how(args))
+        except UserError as error:  # a checkpoint that a running training has deleted, say
+            problems = {str(error): 2}
         failures += [f"{subject.label}: {problem}" for problem in problems]
-        if args.card:
-            write_card(subject, evaluation, specs)
+        codes += problems.values()
     if args.json:
-        print(json.dumps({"evaluations": [asdict(evaluation) for evaluation in evaluations], "failures": failures}))
-    else:
-        print(shown(args, evaluations, specs))
+        print(json.dumps({"evaluations": [asdict(evaluation) for _, evaluation in rows], "failures": failures}))
+    elif any(evaluation.find(spec.task, spec.shots, how(args)) for _, evaluation in rows for spec in specs):
+        print(shown(args, rows, specs))
     for failure in failures:
         print(f"not measured: {failure}", file=sys.stderr)
-    return 2 if failures else 0
+    return min(codes, default=0)  # our mistake (1) before the user's (2)
+
+
+def how(args: argparse.Namespace) -> How:
+    """In what way the arguments ask for tasks to be measured."""
+    from openelm.evaluate.results import How
+
+    return How(args.limit, not args.no_bos, args.chat, str(Path(args.data).resolve()) if args.data else "")
+
+
+def named_apart(subjects: list[Subject]) -> list[Subject]:
+    """Rows of a table must not bear one name: where they would, the references are taken."""
+    labels = [subject.label for subject in subjects]
+    return [replace(s, label=s.origin) if labels.count(s.label) > 1 else s for s in subjects]
 
 
 def chosen_specs(args: argparse.Namespace) -> tuple[Spec, ...]:
@@ -105,61 +127,72 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec]) -> tuple[Evaluation, list[str]]:
-    """What is known of a model after this, and what could not be measured: the other tasks are, all the same."""
+def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec]) -> tuple[Evaluation, dict[str, int]]:
+    """What is known of a model after this; what could not be measured, with exit codes (other tasks are measured)."""
     from openelm.environment import environment
     from openelm.evaluate import harness, tasks
-    from openelm.evaluate.subjects import open_lm
-    from openelm.model.folder import DTYPES
+    from openelm.evaluate.subjects import find_tokenizer
 
-    evaluation = subject.begun(f"{args.dtype or 'as stored'} ({args.engine})", environment())
-    # Answers are of these weights in this dtype: those of an interrupted run with others must not be taken for them.
-    kind = f"{evaluation.model['digest'][:8]}-{args.dtype or 'stored'}"
-    answers = subject.results.with_suffix(f".{kind}.answers.jsonl")
-    problems: list[str] = []
-    lm: Any = None
-    for spec in specs:
-        if is_measured(evaluation, spec, args):
-            continue
+    way, tokenizer = how(args), find_tokenizer(subject, args.tokenizer)
+    engine = "transformers" if args.engine == "transformers" or not subject.is_openelm else "openelm"
+    started = subject.begun(args.dtype or "stored", engine, tokenizer, environment())
+    path, evaluation = started.path, started.evaluation
+    missing = [spec for spec in specs if evaluation.find(spec.task, spec.shots, way) is None]
+    problems: dict[str, int] = {}
+    make_lm = opened(args, subject, engine, tokenizer) if missing else None
+    for spec in missing:
+        assert make_lm is not None
+        # A file a task: what an interrupted one has is not lost when another ends.
+        answers = path.with_suffix(f".{spec.task}@{spec.shots}.answers.jsonl")
         try:
             loaded = tasks.load(spec, Path(args.data) if args.data else None)
-            lm = lm or open_lm(
-                subject,
-                dtype=DTYPES[args.dtype] if args.dtype else None,
-                device=args.device,
-                tokenizer=args.tokenizer,
-                add_bos=not args.no_bos,
-                transformers=args.engine == "transformers",
-                answers=answers,
-            )
             print(f"{subject.label}: {spec.task}, {spec.shots} shots …", file=sys.stderr, flush=True)
-            result = harness.measure(lm, loaded, spec, limit=args.limit, chat=args.chat)
+            result = harness.measure(make_lm(answers), loaded, spec, limit=args.limit, chat=args.chat)
         except UserError as error:
-            problems.append(f"{spec.task}: {error}")
+            problems[f"{spec.task}: {error}"] = 2
             continue
-        evaluation = evaluation.with_task(replace(result, chat=args.chat))
-        evaluation.save(subject.results)
+        except Exception as error:
+            place = extract_tb(error.__traceback__)[-1]
+            problems[f"{spec.task}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"] = 1
+            continue
+        evaluation = evaluation.with_task(replace(result, bos=way.bos, chat=way.chat, data=way.data)).save(path)
+        answers.unlink(missing_ok=True)
         if result.truncated:
-            print(f"{spec.task}: {result.truncated} prompts were cut to the model's context", file=sys.stderr)
-    if not problems:
-        answers.unlink(missing_ok=True)  # all that they led to is in the results
+            print(f"{spec.task}: {result.truncated} requests were cut to the model's context", file=sys.stderr)
     return evaluation, problems
 
 
-def write_card(subject: Subject, evaluation: Evaluation, specs: Sequence[Spec]) -> None:
-    """Put what was measured of all examples into the card of a model of one's own."""
-    from openelm.evaluate.tables import measured
+def opened(args: argparse.Namespace, subject: Subject, engine: str, tokenizer: Path | None) -> Callable[[Path], Any]:
+    """The model, as a function of the file of answers that makes what lm-eval asks."""
+    from openelm.evaluate import harness, tasks
+    from openelm.evaluate.subjects import open_engine, open_transformers
+    from openelm.model.folder import DTYPES
+
+    with tasks.quiet():
+        pass  # said once, where lm-eval is missing
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if engine == "transformers":
+        lm = open_transformers(subject, dtype=dtype, device=args.device, tokenizer=tokenizer, add_bos=not args.no_bos)
+        return lambda _: lm
+    model, template = open_engine(subject, dtype=dtype, device=args.device, tokenizer=tokenizer)
+    return lambda answers: harness.EngineLM(model, add_bos=not args.no_bos, cache=answers, chat_template=template)
+
+
+def write_card(subject: Subject, evaluation: Evaluation, specs: Sequence[Spec], way: How) -> None:
+    """Put what was measured of all examples, in the usual way, into the card of a model of one's own."""
     from openelm.files import write_bytes
     from openelm.interop.card import Figure, evaluated_card
     from openelm.interop.source import read_text
 
     if not Path(subject.origin).exists() or (subject.folder / "manifest.json").is_file():
         return  # of the Hub's cache, or a checkpoint, whose files have checksums
-    found = [(spec, measured(evaluation, spec)) for spec in specs]
+    if way.limit is not None or not way.bos:
+        return
+    found = [(spec, evaluation.find(spec.task, spec.shots, way)) for spec in specs]
     figures = [
         Figure(spec.task, spec.shots, spec.metric, result.metrics[spec.metric])
         for spec, result in found
-        if result is not None and result.limit is None
+        if result is not None and spec.metric in result.metrics
     ]
     if figures:
         readme = subject.folder / "README.md"
@@ -167,39 +200,26 @@ def write_card(subject: Subject, evaluation: Evaluation, specs: Sequence[Spec]) 
         write_bytes(readme, card.encode("utf-8"))
 
 
-def is_measured(evaluation: Evaluation, spec: Spec, args: argparse.Namespace) -> bool:
-    """Whether this very measurement is there: same task, shots, examples and BOS."""
-    return any(
-        (found.task, found.shots, found.limit, found.bos, found.chat)
-        == (spec.task, spec.shots, args.limit, not args.no_bos, args.chat)
-        for found in evaluation.tasks.values()
-    )
-
-
-def shown(args: argparse.Namespace, evaluations: Sequence[Evaluation], specs: Sequence[Spec]) -> str:
+def shown(args: argparse.Namespace, rows: Sequence[tuple[str, Evaluation]], specs: Sequence[Spec]) -> str:
     """The paper's table with our rows, where there is one for the suite; else a plain one."""
     from openelm.evaluate import tables
 
+    way = how(args)
     if args.suite in TABLES:
         name = TABLES[args.suite]
-        ours = [tables.own_row(found, name, label=found.model.get("label", "")) for found in evaluations]
+        ours = [tables.own_row(found, name, label=label, how=way) for label, found in rows]
         return tables.render(name, ours, args.table, errors=True)
     columns = [f"{spec.task}{f'@{spec.shots}' if spec.shots else ''} {spec.metric}" for spec in specs]
     lines = [f"| model | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
-    for found in evaluations:
-        cells = [_cell(found, spec, args.limit) for spec in specs]
-        lines.append(f"| {found.model.get('label', '')} | {' | '.join(cells)} |")
+    for label, found in rows:
+        cells = [_cell(found.find(spec.task, spec.shots, way), spec.metric) for spec in specs]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(evaluation: Evaluation, spec: Spec, limit: int | None) -> str:
+def _cell(result: TaskResult | None, metric: str) -> str:
     """Percent and standard error of a measurement; "-" where there is none."""
-    for result in evaluation.tasks.values():
-        if (result.task, result.shots, result.limit) == (
-            spec.task,
-            spec.shots,
-            limit,
-        ) and spec.metric in result.metrics:
-            error = result.metrics.get(f"{spec.metric}_stderr")
-            return f"{100 * result.metrics[spec.metric]:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
-    return "-"
+    if result is None or metric not in result.metrics:
+        return "-"
+    error = result.metrics.get(f"{metric}_stderr")
+    return f"{100 * result.metrics[metric]:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")

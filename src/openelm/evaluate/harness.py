@@ -306,7 +306,7 @@ def measure(
     """
     from lm_eval import evaluator
 
-    start_s, truncated = time.perf_counter(), getattr(lm, "truncated", 0)
+    start_s, truncated = time.perf_counter(), getattr(lm, "truncated", None)
     for task in task_dict.get("tasks", task_dict).values():
         if hasattr(task, "set_fewshot_seed"):
             task.set_fewshot_seed(seed=seed)
@@ -329,7 +329,7 @@ def measure(
         examples=sum(count["effective"] for count in found["n-samples"].values()),
         version=str(found["versions"].get(name, "")),
         bos=bool(getattr(lm, "add_bos_token", False)),
-        truncated=getattr(lm, "truncated", 0) - truncated,
+        truncated=None if truncated is None else lm.truncated - truncated,
         limit=limit,
         seed=seed,
         elapsed_s=time.perf_counter() - start_s,

@@ -15,6 +15,7 @@ from torch import nn
 from openelm.config import RunConfig
 from openelm.data.loader import Step
 from openelm.data.tokenizer import Tokenizer
+from openelm.errors import UserError
 from openelm.evaluate import harness, tasks
 from openelm.infer.engine import Engine
 from openelm.model.transformer import OpenELM
@@ -42,7 +43,10 @@ def live(config: RunConfig) -> Callable[[World, Tokenizer], Probe] | None:
                 if world.rank:
                     return []
                 lm = harness.EngineLM(Engine(whole, tokenizer))
-                found = [harness.measure(lm, tasks_, spec, limit=train.evaluate_limit) for spec, tasks_ in loaded]
+                try:
+                    found = [harness.measure(lm, tasks_, spec, limit=train.evaluate_limit) for spec, tasks_ in loaded]
+                except UserError as error:  # a loss that is not finite, say: the guard's matter, and not the end
+                    return [{"kind": "evaluation", "step": step, "problem": str(error)}]
             return [
                 {
                     "kind": "evaluation",

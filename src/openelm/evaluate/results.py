@@ -14,6 +14,16 @@ from openelm.files import write_json
 
 
 @dataclass(frozen=True)
+class How:
+    """In what way tasks are measured. Two measurements are the same where this, task and shots are."""
+
+    limit: int | None = None  # only the first examples
+    bos: bool = True  # whether a context begins with one
+    chat: bool = False  # prompts as conversations, by the model's chat template
+    data: str = ""  # the folder that the data came from; "" is the Hub
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """One task at one number of shots. Metrics are as lm-eval gives them: shares between 0 and 1."""
 
@@ -23,17 +33,24 @@ class TaskResult:
     examples: int
     version: str  # of the task's definition
     bos: bool  # whether a context begins with one
-    truncated: int = 0  # requests longer than the model's context, cut on the left
+    truncated: int | None = None  # requests longer than the model's context, cut on the left; None where not counted
     limit: int | None = None  # only the first examples, where that was asked for
     seed: int = 1234  # of the choice of few-shot examples
-    chat: bool = False  # prompts as conversations, by the model's chat template
+    chat: bool = False
+    data: str = ""
     elapsed_s: float = 0.0
+
+    @property
+    def how(self) -> How:
+        """In what way it was measured."""
+        return How(self.limit, self.bos, self.chat, self.data)
 
     @property
     def key(self) -> str:
         """What distinguishes one measurement of a task from another."""
         first = f":{self.limit}" if self.limit is not None else ""
-        return f"{self.task}@{self.shots}{first}{'' if self.bos else ' no-bos'}{' chat' if self.chat else ''}"
+        ways = ("" if self.bos else " no-bos") + (" chat" if self.chat else "")
+        return f"{self.task}@{self.shots}{first}{ways}{f' {self.data}' if self.data else ''}"
 
 
 @dataclass(frozen=True)
@@ -48,10 +65,16 @@ class Evaluation:
         """The same and one more task."""
         return replace(self, tasks={**self.tasks, result.key: result})
 
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(self))
+    def find(self, task: str, shots: int, how: How) -> TaskResult | None:
+        """This very measurement, where it was made."""
+        return next((r for r in self.tasks.values() if (r.task, r.shots, r.how) == (task, shots, how)), None)
+
+    def save(self, path: Path) -> Evaluation:
+        """Write it, whole or not at all, with what another process has measured meanwhile; that is given back."""
+        others = Evaluation.load(path).tasks if path.is_file() else {}
+        merged = replace(self, tasks={**others, **self.tasks})
+        write_json(path, asdict(merged))
+        return merged
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -66,8 +89,10 @@ class Evaluation:
 
 def of_run(run: Path) -> list[Evaluation]:
     """What was measured of a run's models, as they are now."""
-    current = [path for path in sorted((run / "evaluation").glob("*.json")) if "." not in path.stem]
-    return [Evaluation.load(path) for path in current]
+    newest: dict[str, Path] = {}
+    for path in sorted((run / "evaluation").glob("*.json"), key=lambda file: file.stat().st_mtime):
+        newest[path.name.partition(".")[0]] = path  # of weights that were measured before, older files stay
+    return [Evaluation.load(path) for _, path in sorted(newest.items())]
 
 
 def digest(files: Sequence[Path]) -> str:

@@ -17,6 +17,8 @@ from openelm.interop.hub import TOKENIZER_FILES, model_path, tokenizer_help, tok
 from openelm.model.folder import find_model_folder, load_config
 from openelm.model.stored import StoredTensors, safetensors_files
 
+# What other models keep beside their parameters.
+BUFFERS = ("attention.bias", ".attn.bias", "masked_bias", "inv_freq")
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -26,33 +28,48 @@ class Subject:
 
     folder: Path
     origin: str
-    label: str  # in file names and tables
-    results: Path
+    label: str  # in tables
+    results: Path  # to which what distinguishes one evaluation from another is added
     about: dict[str, Any] = field(default_factory=dict)  # step, averaged, tokens
 
     @property
     def is_openelm(self) -> bool:
-        """Whether our engine computes it; other models are transformers'."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """Whether our engine computes it; other models are transformers'. UserError for a damaged config.json."""
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error})") from error
         return isinstance(config, dict) and config.get("model_type") == "openelm"
 
-    def begun(self, dtype: str, environment: dict[str, Any]) -> Evaluation:
-        """The evaluation so far: empty, or what an earlier one has measured of the very same weights."""
-        about = {"origin": self.origin, "label": self.label, "dtype": dtype, **self.about}
-        about["digest"] = digest([self.folder / "config.json", *safetensors_files(self.folder, "model")])
+    def begun(self, dtype: str, engine: str, tokenizer: Path | None, environment: dict[str, Any]) -> Started:
+        """What an earlier evaluation has measured of the same model and tokenizer in this dtype, or nothing yet."""
+        weights = safetensors_files(self.folder, "model")
+        words = [file for file in _tokenizer_files(tokenizer or self.folder) if file.is_file()]
+        about = {"origin": self.origin, "label": self.label, "dtype": dtype, "engine": engine, **self.about}
+        about["digest"] = digest([self.folder / "config.json", *weights, *words])
         if self.is_openelm:
             about["parameters"] = load_config(self.folder)[0].num_parameters()
         else:
-            shapes = StoredTensors(safetensors_files(self.folder, "model")).shapes.values()
-            about["parameters"] = sum(math.prod(shape) for shape in shapes)
-        if self.results.is_file():
-            found = Evaluation.load(self.results)
-            if (found.model.get("digest"), found.model.get("dtype")) == (about["digest"], dtype):
-                return found
-            # Of other weights, or computed otherwise: kept, under a name that tells.
-            old = str(found.model.get("digest"))[:8]
-            self.results.rename(self.results.with_name(f"{self.results.stem}.{old}-{found.model.get('dtype')}.json"))
-        return Evaluation(about, environment)
+            shapes = StoredTensors(weights).shapes.items()
+            about["parameters"] = sum(math.prod(shape) for name, shape in shapes if not name.endswith(BUFFERS))
+        kind = f"{about['digest'][:8]}-{dtype}{'' if engine == 'openelm' else f'-{engine}'}"
+        path = self.results.with_name(f"{self.results.stem}.{kind}.json")
+        return Started(path, Evaluation.load(path) if path.is_file() else Evaluation(about, environment))
+
+
+@dataclass(frozen=True)
+class Started:
+    """An evaluation and its file, whose name tells weights, tokenizer, dtype and engine apart."""
+
+    path: Path
+    evaluation: Evaluation
+
+
+def _tokenizer_files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    return [place / name for name in (*TOKENIZER_FILES, "chat_template.jinja")]
 
 
 def find(reference: str, out: Path | None) -> list[Subject]:
@@ -98,45 +115,34 @@ def _tokens(checkpoint: Path) -> dict[str, int]:
     return {"tokens": tokens} if isinstance(tokens, int) else {}
 
 
-def open_lm(
-    subject: Subject,
-    *,
-    dtype: torch.dtype | None,
-    device: str | None,
-    tokenizer: str | None,
-    add_bos: bool,
-    transformers: bool,
-    answers: Path | None,
-) -> Any:
-    """A model of lm-eval's kind: on our engine, or on transformers where that is asked for or the model is no OpenELM.
+def find_tokenizer(subject: Subject, given: str | None) -> Path | None:
+    """The tokenizer that was asked for, or a run's for its checkpoint; None where the folder has its own.
 
-    UserError: no tokenizer, not enough installed, a device that cannot be used.
+    UserError where there is none at all.
     """
-    if transformers or not subject.is_openelm:
-        return _transformers_lm(subject, dtype=dtype, device=device, tokenizer=tokenizer, add_bos=add_bos)
-    from openelm.evaluate.harness import EngineLM
+    if given:
+        return tokenizer_path(given)
+    if any((subject.folder / name).is_file() for name in TOKENIZER_FILES[:2]) or not subject.is_openelm:
+        return None
+    of_run = subject.folder.parent.parent / "tokenizer"
+    if not of_run.is_dir():
+        raise UserError(tokenizer_help(subject.origin))
+    return of_run
+
+
+def open_engine(subject: Subject, *, dtype: torch.dtype | None, device: str | None, tokenizer: Path | None) -> Any:
+    """Our engine, and the text of the model's chat template; UserError for a device that cannot be used."""
     from openelm.infer.engine import Engine
-    from openelm.interop.source import open_folder
 
-    # A run keeps one tokenizer for all its checkpoints, which the folder's reader knows.
-    words = tokenizer_path(tokenizer) if tokenizer else None
-    if words is None and not any((subject.folder / name).is_file() for name in TOKENIZER_FILES[:2]):
-        if open_folder(subject.folder).tokenizer is None:
-            raise UserError(tokenizer_help(subject.origin))
-        words = subject.folder.parent.parent / "tokenizer"
-    engine = Engine.load(subject.folder, dtype=dtype, device=device, tokenizer=words)
     template = subject.folder / "chat_template.jinja"
-    return EngineLM(
-        engine,
-        add_bos=add_bos,
-        cache=answers,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
-    )
+    text = template.read_text(encoding="utf-8") if template.is_file() else None
+    return Engine.load(subject.folder, dtype=dtype, device=device, tokenizer=tokenizer), text
 
 
-def _transformers_lm(
-    subject: Subject, *, dtype: torch.dtype | None, device: str | None, tokenizer: str | None, add_bos: bool
+def open_transformers(
+    subject: Subject, *, dtype: torch.dtype | None, device: str | None, tokenizer: Path | None, add_bos: bool
 ) -> Any:
+    """lm-eval's own model on transformers."""
     from openelm.evaluate.tasks import quiet
 
     with quiet():
@@ -145,7 +151,7 @@ def _transformers_lm(
         import openelm.interop.huggingface  # noqa: F401 (makes the Auto classes know OpenELM)
     return HFLM(
         pretrained=str(subject.folder),
-        tokenizer=str(tokenizer_path(tokenizer)) if tokenizer else None,
+        tokenizer=str(tokenizer) if tokenizer else None,
         dtype=dtype or "auto",
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         add_bos_token=add_bos,

@@ -14,7 +14,7 @@ import yaml
 
 from openelm.errors import UserError
 from openelm.evaluate import suites
-from openelm.evaluate.results import Evaluation, TaskResult
+from openelm.evaluate.results import Evaluation, How, TaskResult
 from openelm.evaluate.suites import Spec
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -116,9 +116,15 @@ def averages(values: Mapping[str, float], means: Mapping[str, Sequence[str]]) ->
 
 
 def own_row(
-    evaluation: Evaluation, name: str, *, label: str = "", tokens: float | None = None, variant: str = ""
+    evaluation: Evaluation,
+    name: str,
+    *,
+    label: str = "",
+    tokens: float | None = None,
+    variant: str = "",
+    how: How | None = None,
 ) -> OwnRow:
-    """What was measured of a model, as a row of a table.
+    """What was measured of a model, as a row of a table; ``how`` shows nothing but what was measured in that way.
 
     ``label`` stands for the model's origin; ``tokens`` for those that the evaluation knows of. A task measured on its
     first examples only is shown where it was not measured whole, and the row says so.
@@ -126,7 +132,8 @@ def own_row(
     model = evaluation.model
     values, errors, cut = {}, {}, []
     for spec in suites.suite(table(name).suite):
-        if (result := measured(evaluation, spec)) is None:
+        result = measured(evaluation, spec) if how is None else evaluation.find(spec.task, spec.shots, how)
+        if result is None or not math.isfinite(result.metrics.get(spec.metric, math.nan)):
             continue
         values[spec.title] = 100 * result.metrics[spec.metric]
         error = result.metrics.get(f"{spec.metric}_stderr", math.nan)
@@ -146,14 +153,18 @@ def own_row(
 
 
 def measured(evaluation: Evaluation, spec: Spec) -> TaskResult | None:
-    """The result of a suite's task with the metric that it wants: of all examples, or else of the most."""
+    """The result of a suite's task with the metric that it wants: with BOS, no chat, of all examples or of the most."""
     found = [
         result
         for result in evaluation.tasks.values()
         if (result.task, result.shots) == (spec.task, spec.shots)
         and math.isfinite(result.metrics.get(spec.metric, math.nan))
     ]
-    return max(found, key=lambda result: math.inf if result.limit is None else result.limit, default=None)
+
+    def standard(result: TaskResult) -> tuple[bool, bool, float]:
+        return result.bos, not result.chat, math.inf if result.limit is None else result.limit
+
+    return max(found, key=standard, default=None)
 
 
 # Text
