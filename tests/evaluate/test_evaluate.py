@@ -323,6 +323,7 @@ def test_the_card_says_what_was_measured_of_all_examples(model, evaluate, tmp_pa
         (["--suite", "zeroshot"], "did you mean zero-shot"),
         (["--tasks", "arc_easi"], "did you mean arc_easy"),
         (["--tasks", "arc_easy@x"], "behind @ stands the number"),
+        (["--tasks", "leaderboard"], "the tasks of leaderboard have different numbers of examples"),
         (["--tasks", "arc_easy", "--limit", "0"], "--limit 0 must be at least 1"),
     ],
 )

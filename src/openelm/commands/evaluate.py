@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
             if args.card:
                 write_card(subject, evaluation, specs, how(args))
         except UserError as error:  # a checkpoint that a running training has deleted, say
-            problems = {str(error): 2}
-        failures += [f"{subject.label}: {problem}" for problem in problems]
-        codes += problems.values()
+            problems = [(str(error), 2)]
+        failures += [f"{subject.label}: {problem}" for problem in dict.fromkeys(said for said, _ in problems)]
+        codes += [code for _, code in problems]
     if args.json:
         print(json.dumps({"evaluations": [asdict(evaluation) for _, evaluation in rows], "failures": failures}))
     elif any(evaluation.find(spec.task, spec.shots, how(args)) for _, evaluation in rows for spec in specs):
@@ -127,7 +127,9 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec]) -> tuple[Evaluation, dict[str, int]]:
+def measure_all(
+    args: argparse.Namespace, subject: Subject, specs: Sequence[Spec]
+) -> tuple[Evaluation, list[tuple[str, int]]]:
     """What is known of a model after this; what could not be measured, with exit codes (other tasks are measured)."""
     from openelm.environment import environment
     from openelm.evaluate import harness, tasks
@@ -138,7 +140,7 @@ def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec
     started = subject.begun(args.dtype or "stored", engine, tokenizer, environment())
     path, evaluation = started.path, started.evaluation
     missing = [spec for spec in specs if evaluation.find(spec.task, spec.shots, way) is None]
-    problems: dict[str, int] = {}
+    problems: list[tuple[str, int]] = []
     make_lm = opened(args, subject, engine, tokenizer) if missing else None
     for spec in missing:
         assert make_lm is not None
@@ -149,11 +151,13 @@ def measure_all(args: argparse.Namespace, subject: Subject, specs: Sequence[Spec
             print(f"{subject.label}: {spec.task}, {spec.shots} shots …", file=sys.stderr, flush=True)
             result = harness.measure(make_lm(answers), loaded, spec, limit=args.limit, chat=args.chat)
         except UserError as error:
-            problems[f"{spec.task}: {error}"] = 2
+            # A message that names its task already, or that is the same for all of them, is said once.
+            problems.append((str(error), 2))
             continue
         except Exception as error:
             place = extract_tb(error.__traceback__)[-1]
-            problems[f"{spec.task}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"] = 1
+            said = f"{spec.task}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            problems.append((said, 1))
             continue
         evaluation = evaluation.with_task(replace(result, bos=way.bos, chat=way.chat, data=way.data)).save(path)
         answers.unlink(missing_ok=True)

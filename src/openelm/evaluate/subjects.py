@@ -47,6 +47,8 @@ class Subject:
         weights = safetensors_files(self.folder, "model")
         words = [file for file in _tokenizer_files(tokenizer or self.folder) if file.is_file()]
         about = {"origin": self.origin, "label": self.label, "dtype": dtype, "engine": engine, **self.about}
+        if self.folder.parent.name == "snapshots":  # of the Hub's cache
+            about["revision"] = self.folder.name
         about["digest"] = digest([self.folder / "config.json", *weights, *words])
         if self.is_openelm:
             about["parameters"] = load_config(self.folder)[0].num_parameters()

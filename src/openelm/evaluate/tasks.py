@@ -136,7 +136,13 @@ def _specs(name: str, shots: int | None) -> Iterator[Spec]:
     config = manager.task_index[name].cfg
     metrics = config.get("metric_list") or config.get("aggregate_metric_list") or [{"metric": "acc"}]
     column = known(name)
-    own = next((leaf.cfg.get("num_fewshot") for leaf in _leaves(manager, name)), None) or 0
+    numbers = {leaf.cfg.get("num_fewshot") or 0 for leaf in _leaves(manager, name)} or {0}
+    if shots is None and len(numbers) > 1:
+        wanted = ", ".join(map(str, sorted(numbers)))
+        raise UserError(
+            f"the tasks of {name} have different numbers of examples ({wanted}): say one for all, as in {name}@5"
+        )
+    own = min(numbers)
     yield Spec(
         name,
         column.metric if column else str(metrics[0]["metric"]),
