@@ -150,7 +150,6 @@ def test_each_way_of_measuring_is_a_measurement_of_its_own(
     assert evaluate(*words)[0] == 0
     other = tmp_path / "other.model"
     train_tokenizer([file.read_text() for file in sorted(text_folder.iterdir())[:20]], other, 380, threads=1)
-    (tmp_path / "more").mkdir()
     shown = [
         evaluate(*words, *more)[1]["evaluations"][0]
         for more in (["--no-bos"], ["--limit", "3"], ["--dtype", "bfloat16"], ["--tokenizer", other])
@@ -169,7 +168,7 @@ def test_each_way_of_measuring_is_a_measurement_of_its_own(
 
 def test_the_table_shows_what_was_asked_for(model, evaluate, tmp_path, capsys):
     data = str(tmp_path / "data")
-    whole = evaluate("model", "--tasks", "winogrande")[1]["evaluations"][0]["tasks"]
+    assert evaluate("model", "--tasks", "winogrande")[0] == 0
     few = evaluate("model", "--tasks", "winogrande", "--limit", "3", "--no-bos")[1]["evaluations"][0]["tasks"]
     assert len(few) == 2
     for words, limit in (([], None), (["--limit", "3", "--no-bos"], 3)):
@@ -180,13 +179,11 @@ def test_the_table_shows_what_was_asked_for(model, evaluate, tmp_path, capsys):
             printed = capsys.readouterr().out
             (row,) = [line for line in printed.splitlines() if "±" in line] or [printed]
             assert f"{100 * task['metrics']['acc']:.2f} ±" in row, (suite, words)
-    assert whole
 
 
 def test_models_of_one_name_are_told_apart(model, evaluate, tmp_path, golden_weights, tokenizer_file):
     other = make(golden_weights, ffn_multipliers=(0.5, 2.0))
     save_model(other, tmp_path / "deep" / "model", tokenizer=Tokenizer.load(tokenizer_file))
-    (tmp_path / "deep" / "data").mkdir()
     code, found, _ = evaluate("model", "./model/../deep/model", "--tasks", "arc_easy", "--out", "here")
     assert code == 0
     one, two = found["evaluations"]
