@@ -16,6 +16,9 @@ import pytest
 import torch
 import yaml
 
+from loopback_hub import hub  # noqa: F401 (a fixture)
+
+pytest.register_assert_rewrite("promises")
 # One thread, here and in the processes that tests start: the same bits and steady times on any machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -100,13 +103,21 @@ def tokenizer_file(tmp_path_factory, text_folder) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def newcomer(tmp_path_factory) -> Path:
+    """A newcomer's folder after `make demo` (newcomer.py). Tests share it: work in a copy."""
+    from newcomer import make
+
+    return make(tmp_path_factory.mktemp("newcomer"))
+
+
 @pytest.fixture
 def recipe(text_folder, tokenizer_file, monkeypatch) -> dict[str, Any]:
     """A run of eight steps, under a second: two layers, four shards, rows of 32 that cut documents anywhere.
 
     The roof for MFU is not measured and the report not drawn: both take longer than such a run, and have tests.
     """
-    monkeypatch.setattr("openelm.train.pretrain.gemm_flops_per_s", lambda *_, **__: 1e12)
+    monkeypatch.setattr("openelm.train.run.gemm_flops_per_s", lambda *_, **__: 1e12)
     monkeypatch.setattr("openelm.report.page.write_report", lambda run, *_: run / "report" / "index.html")
     return {
         "name": "tiny",
@@ -162,7 +173,7 @@ def write_recipe(tmp_path) -> Callable[[dict[str, Any]], str]:
 def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None:
     """``openelm ARGUMENTS``, with neither the roof measured nor the report drawn: more of the time is training."""
     import openelm.report.page as page
-    import openelm.train.pretrain as pretrain
+    import openelm.train.run as training
     from openelm.cli import main
 
     os.environ.update(env)
@@ -170,7 +181,7 @@ def _command(arguments: list[str], env: dict[str, str], log: str | None) -> None
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-    pretrain.gemm_flops_per_s = lambda *_, **__: 1e12
+    training.gemm_flops_per_s = lambda *_, **__: 1e12
     page.write_report = lambda run, *_: run / "report" / "index.html"
     main(arguments)
 
@@ -180,7 +191,8 @@ def spawn() -> Iterator[Callable[..., Any]]:
     """Start ``openelm ARGUMENTS`` in a process of its own, which can be killed and writes its words to ``log``."""
     # A server that has torch imported forks each process in milliseconds, and has no thread that a fork could break.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openelm.train.pretrain", "openelm.commands.pretrain", "openelm.report.page"])
+    parts = ["openelm.train.pretrain", "openelm.commands.pretrain", "openelm.report.page"]
+    context.set_forkserver_preload([*parts, "openelm.tune.tuning", "openelm.commands.finetune", "peft"])
     started: list[Any] = []
 
     def start(arguments: list[str], env: dict[str, str] | None = None, log: Path | None = None) -> Any:

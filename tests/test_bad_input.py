@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ import pytest
 import yaml
 import zstandard
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 from openelm import cli
+from openelm.data.tokenizer import Tokenizer
+from openelm.model.folder import save_model
+from small_models import make
 
 Refuse = Callable[..., str]
 
@@ -291,6 +297,164 @@ def test_a_text_key_that_is_not_there_names_those_that_are(refuse, tmp_path):
     error = refuse(f"data.sources.0.path={tmp_path}/a.parquet")
     assert "a.parquet" in error
     assert "'body'" in error
+
+
+# Tuning
+
+
+PAIR = {"prompt": "What is it?", "chosen": " It is water.", "rejected": " It is stone."}
+
+
+@pytest.fixture(scope="session")
+def tuned_model(tmp_path_factory, golden_weights, tokenizer_file) -> Path:
+    """A model to tune, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    return save_model(make(golden_weights), folder, tokenizer=Tokenizer.load(tokenizer_file))
+
+
+@pytest.fixture
+def refuse_tuning(tuned_model, tmp_path, monkeypatch, capsys) -> Refuse:
+    """``refuse_tuning(records, *overrides, **sections)``: `openelm finetune`, or `dpo` where there is a preference.
+
+    It must fail as a user's error, in one line, before anything is written.
+    """
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(records: list[dict[str, Any]], *overrides: str, command: str = "", **sections: Any) -> str:
+        form = "preference" if "preference" in sections else "prompt"
+        lines = tmp_path / "records.jsonl"
+        lines.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        recipe = {
+            "name": "tuned",
+            "model": {"path": str(tuned_model)},
+            "data": {"sources": [{"name": "own", "path": str(lines), "format": form}], "row_length": 32},
+            "train": {"steps": 2, "global_batch": 4, "micro_batch": 2, "lr": 1e-3},
+            **sections,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        before = everything_under(tmp_path)
+        command = command or ("dpo" if "preference" in sections else "finetune")
+        assert cli.run([command, "recipe.yaml", "--run", str(tmp_path / "run"), *overrides]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"openelm {command}: error: ")
+        assert captured.err.count("\n") == 1, "one line, no traceback"
+        assert everything_under(tmp_path) == before, "nothing is written"
+        return captured.err
+
+    return refused
+
+
+ANSWERED = [{"prompt": f"Number {number}?", "answer": f" {number}"} for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("records", "overrides", "said"),
+    [
+        ([], [], "nothing is left to train on of 0 records (the files are empty)"),
+        ([{"prompt": "What?", "answer": " \n"}] * 3, [], "of 3 records (empty_answer 3)"),
+        (ANSWERED, ["data.held_out=0.999999"], "of 8 records (held_out 8)"),
+        (ANSWERED, ["data.prompt_length=2", "data.long_prompts=drop"], "(long_prompt 8): look at the records and at"),
+        (ANSWERED, ["data.prompt_length=32"], "prompt_length=32 must be less than data.row_length=32, to leave room"),
+        (ANSWERED, ["data.row_length=65"], "data.row_length=65 is more than the 64 tokens of context"),
+        (ANSWERED, ["train.micro_batch=8"], "train.global_batch=4 rows is not a multiple of train.micro_batch=8"),
+        (ANSWERED, ["train.epochs=2"], "is train.steps or train.epochs, not train.steps=2 and train.epochs=2"),
+        (ANSWERED, ["train.steps=0"], "the length of a run is train.steps or train.epochs, not neither"),
+        (ANSWERED, ["train.warmup_steps=1", "train.warmup_ratio=0.1"], "train.warmup_ratio, not both"),
+        (
+            ANSWERED,
+            ["train.steps=0", "train.epochs=2", "train.warmup_steps=9"],
+            "train.epochs=2 are 4 steps: train.warmup_steps=9 must be less than train.steps=4: lower it",
+        ),
+        (ANSWERED, ["train.init_from=model"], "a tuned model begins from model.path: leave train.init_* out"),
+        (ANSWERED, ["data.sources.0.answer_key=reply"], "'reply', which the format prompt needs; its columns are"),
+        (ANSWERED, ["data.sources.0.format=chat"], "no column 'messages'"),
+        (ANSWERED, ["data.sources.0.format=poem"], "data.sources.0.format='poem'"),
+        (ANSWERED, ["data.sources.0.path=none.jsonl"], "nothing to read at 'none.jsonl'"),
+        (ANSWERED, ["data.sources.0.format=preference"], "reads sources of format: preference and no others"),
+        (ANSWERED, ["adapter.targets=[q_proj]"], "q_proj matches no module of this model: take from token_embeddings"),
+        (ANSWERED, ["adapter.targets=[lm_head]"], "lm_head is the output layer, which is not adapted here"),
+        (ANSWERED, ["adapter.rank=4"], "adapter.rank is not a key: did you mean adapter.r?"),
+        (ANSWERED, ["adapter.kind=qlora"], "adapter.kind='qlora'"),
+        (ANSWERED, ["adapter.dropout=1"], "adapter.dropout=1"),
+        (ANSWERED, ["model.path=nothing/here"], "nothing/here"),
+        (ANSWERED, ["model.path=recipe.yaml"], "recipe.yaml is no model that can be read"),
+        (ANSWERED, ["tokenizer.path=none.model"], "none.model: no such file"),
+        (ANSWERED, ["--resume"], "run does not exist, so there is nothing to resume"),
+        (ANSWERED, ["--dry-run", "data.row_length=65"], "data.row_length=65 is more than the 64 tokens of context"),
+    ],
+)
+def test_what_cannot_be_tuned_on_is_refused_before_the_run(refuse_tuning, records, overrides, said):
+    pytest.importorskip("peft")
+    assert said in refuse_tuning(records, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("records", "overrides", "said"),
+    [
+        ([PAIR | {"rejected": PAIR["chosen"]}] * 3, [], "of 3 records (same_answers 3)"),
+        ([PAIR | {"chosen": " "}] * 3, [], "of 3 records (empty_answer 3)"),
+        ([PAIR], ["data.packing=pack"], "pairs are padded, and their answers count: leave out data.packing"),
+        ([PAIR], ["data.sources.0.format=prompt"], "reads sources of format: preference and no others"),
+        ([PAIR], ["preference.loss=orpo"], "preference.loss='orpo'"),
+        ([PAIR], ["preference.beta=0"], "preference.beta=0"),
+        ([PAIR], ["preference.label_smoothing=0.1", "preference.loss=ipo"], "belongs to preference.loss=sigmoid"),
+    ],
+)
+def test_what_are_no_pairs_is_refused_before_the_run(refuse_tuning, records, overrides, said):
+    assert said in refuse_tuning(records, *overrides, preference={"beta": 0.1})
+
+
+def test_a_recipe_of_the_other_command_names_that(refuse_tuning, refuse):
+    assert "has no section preference, so it tunes on examples: run `openelm finetune`" in refuse_tuning(
+        ANSWERED, command="dpo"
+    )
+    assert "has a section preference, so it tunes on pairs: run `openelm dpo`" in refuse_tuning(
+        [PAIR], command="finetune", preference={"beta": 0.1}
+    )
+    assert "tunes a model that is there: run `openelm finetune" in refuse(recipe="recipe.yaml")
+    assert "names no model to tune: set model.path" in refuse_tuning(ANSWERED, model={"model_dim": 32})
+
+
+def test_a_conversation_without_an_answer_is_counted(refuse_tuning):
+    records = [{"messages": [{"role": "user", "content": "Hello"}]}] * 3
+    assert "of 3 records (no_answer 3)" in refuse_tuning(records, "data.sources.0.format=chat")
+    records = [{"messages": [{"role": "human", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]}]
+    error = refuse_tuning(records, "data.sources.0.format=chat")
+    assert "record 1: messages[0].role is 'human': a role is one of system, user, assistant" in error
+
+
+def test_an_adapter_without_peft_is_refused_before_the_run(refuse_tuning, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    error = refuse_tuning(ANSWERED, adapter={"r": 2})
+    assert "peft cannot be used here" in error and "pip install 'openelm-framework[tune]'" in error
+
+
+def test_a_model_that_cannot_be_tuned_is_refused_before_the_run(refuse_tuning, tuned_model, tmp_path, golden_weights):
+    def changed(name: str) -> Path:
+        return shutil.copytree(tuned_model, tmp_path / name)
+
+    broken = changed("broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["transformer.layers.1.ffn.proj_1.weight"][2, 3] = float("nan")
+    save_file(weights, broken / "model.safetensors")
+    error = refuse_tuning(ANSWERED, "model.path=broken")
+    assert "broken: layers.1.ffn.proj_1.weight holds 1 values that are NaN" in error
+    for file in changed("mute").glob("tokenizer*"):
+        file.unlink()
+    error = refuse_tuning(ANSWERED, "model.path=mute")
+    assert "model.path=mute has no tokenizer: set tokenizer.path to the one that it was trained with" in error
+    small = make(golden_weights, vocab_size=96)
+    save_model(small, tmp_path / "small")
+    error = refuse_tuning(ANSWERED, "model.path=small", f"tokenizer.path={tuned_model}")
+    assert "the tokenizer has 400 tokens, the model of small only 96 rows" in error
+
+
+def test_a_place_for_the_reference_that_cannot_be_is_refused_before_the_run(refuse_tuning, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OPENELM_CACHE", str(tmp_path / "file"))
+    assert f"{tmp_path / 'file'}" in refuse_tuning([PAIR], preference={"beta": 0.1})
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

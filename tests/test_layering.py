@@ -22,6 +22,7 @@ FLOORS = (
     {"serve", "evaluate", "tune"},
     {"train"},
     {"infer", "interop"},
+    {"tuning_config"},
     {"config", "data", "report"},
     {"model", "recipe"},
     {"environment", "files"},

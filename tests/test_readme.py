@@ -1,9 +1,9 @@
 """Every command and every line of Python in the README runs, shortened where it is long."""
 
-import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,63 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import newcomer as newcomer_folder
 from openelm import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"`(openelm [^`]+)`", README)
-# The same recipe on a model that trains in seconds.
-SHORT = [
-    "model.model_dim=64",
-    "model.head_dim=32",
-    "model.num_gqa_groups=1",
-    "model.num_transformer_layers=2",
-    "tokenizer.train_bytes=400000",
-    "tokenizer.vocab_size=512",
-    "data.row_length=64",
-    "data.validation_tokens=2000",
-    "train.steps=6",
-    "train.warmup_steps=2",
-    "train.checkpoint_every=1",
-    "train.sample_tokens=4",
-]
 
 
 def shortened(command: str) -> list[str]:
-    words = shlex.split(command)[1:]
-    if words[0] == "pretrain":
-        given = {word.partition("=")[0] for word in words}
-        words += [pair for pair in SHORT if pair.partition("=")[0] not in given]
-        words = [re.sub(r"^train\.steps=\d+", "train.steps=8", word) for word in words]
-    if words[0] == "bench":
-        words += ["--row-length", "32", "--micro-batch", "1", "--micro-batches", "1", "--steps", "1", "--warmup", "0"]
-    return words
+    return newcomer_folder.shortened(newcomer_folder.split(command)[1:])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a newcomer has it after `make demo`, with some text of their own."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    (folder / "README.md").write_text(README, encoding="utf-8")
-    (folder / "my" / "texts").mkdir(parents=True)
-    for source in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.py")]:
-        (folder / "my" / "texts" / f"{source.stem}.txt").write_text(
-            source.read_text(encoding="utf-8"), encoding="utf-8"
-        )
-    question = {
-        "question": "What is wet?",
-        "choices": {"text": ["water", "fire"], "label": ["A", "B"]},
-        "answerKey": "A",
-    }
-    (folder / "my" / "tasks" / "ai2_arc" / "ARC-Easy").mkdir(parents=True)
-    for split in ("test", "train"):
-        rows = "".join(json.dumps({"id": str(number), **question}) + "\n" for number in range(8))
-        (folder / "my" / "tasks" / "ai2_arc" / "ARC-Easy" / f"{split}.jsonl").write_text(rows)
-    (folder / "my.jsonl").write_text('{"text": "' + "some words and more, " * 60 + '"}\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("OPENELM_CACHE", str(folder / "cache"))
-        assert cli.run(shortened("openelm pretrain demo")) == 0
+def folder(newcomer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A newcomer's folder, in which the README's commands follow each other; no tuning was done there."""
+    folder = shutil.copytree(newcomer, tmp_path_factory.mktemp("readme") / "newcomer")
+    shutil.rmtree(folder / "runs" / "docstrings")
     return folder
 
 

@@ -12,9 +12,11 @@ from openelm import cli
 from openelm.config import RunConfig, load_recipe, recipe_names
 from openelm.errors import UserError
 from openelm.train.schedule import Schedule
+from openelm.tuning_config import TuneConfig, load_tuning
 
 PAPER = ("270M", "450M", "1.1B", "3B")
 PRETRAIN = ("pretrain", "pretrain-open", "pretrain-one-gpu")
+TUNING = ("peft", "instruct")
 # Table 2, in billions of tokens.
 TABLE_2 = {
     "refinedweb": 665,
@@ -74,8 +76,54 @@ def test_a_recipe_reads_again_from_what_it_resolves_to(name, size, tmp_path):
 
 
 def test_every_packaged_recipe_loads_as_it_is():
-    assert set(PRETRAIN) < set(recipe_names())
-    assert {name: load_recipe(name, []).name for name in recipe_names()} == {name: name for name in recipe_names()}
+    assert {*PRETRAIN, *TUNING, "demo"} == set(recipe_names())
+    loaded = {name: (load_tuning if name in TUNING else load_recipe)(name, []) for name in recipe_names()}
+    assert {name: config.name for name, config in loaded.items()} == {name: name for name in recipe_names()}
+
+
+def tuning(name: str, size: str) -> TuneConfig:
+    return load_tuning(name, [f"model.size={size}"])
+
+
+def test_a_recipe_is_run_by_the_command_that_it_is_for():
+    assert "run `openelm finetune peft`" in refused("peft")
+    assert "or `openelm dpo`" in refused("instruct", "model.size=3B")
+    with pytest.raises(UserError, match="names no model to tune"):
+        load_tuning("demo", [])
+
+
+def test_instruct_is_table_10():
+    found = {
+        size: (config.train.epochs, config.train.lr, config.preference.loss, config.train.sharding)
+        for size in PAPER
+        if (config := tuning("instruct", size)).preference
+    }
+    assert found == {
+        "270M": (5, 2e-5, "hinge", "none"),
+        "450M": (8, 3e-5, "hinge", "none"),
+        "1.1B": (5, 5e-5, "sigmoid", "none"),
+        "3B": (10, 1e-4, "hinge", "full"),
+    }
+    for config in (tuning("instruct", size) for size in PAPER):
+        train, data, preference = config.train, config.data, config.preference
+        assert (data.row_length, data.prompt_length, data.empty_system_turn) == (1024, 512, True)
+        assert preference is not None and (preference.beta, preference.label_smoothing) == (0.01, 0)
+        assert (train.warmup_ratio, train.weight_decay, train.schedule, train.min_lr) == (0.1, 0, "cosine", 0)
+        assert (train.betas, train.eps, train.dtype) == ((0.9, 0.999), 1e-8, "bfloat16")
+        assert (train.activation_checkpointing, train.global_batch, train.micro_batch) == ("full", 128, 8)
+
+
+def test_peft_is_the_papers_recipe():
+    for size, path in zip(PAPER, ("270M", "450M", "1_1B", "3B"), strict=True):
+        config = tuning("peft", size)
+        adapter, train, data = config.adapter, config.train, config.data
+        assert config.model.path == f"apple/OpenELM-{path}"
+        assert adapter is not None and (adapter.r, adapter.alpha, adapter.dropout) == (32, 32, 0.1)
+        assert set(adapter.targets) == {"token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2"}
+        assert (train.global_batch, train.steps, train.warmup_steps, train.warmup_init_lr) == (128, 4375, 1000, 1e-6)
+        assert (train.lr, train.min_lr, train.betas, train.eps) == (3e-4, 3e-5, (0.9, 0.95), 1e-8)
+        assert (train.weight_decay, train.clip_norm, train.z_loss, train.dtype) == (0, 1, 1e-4, "bfloat16")
+        assert (data.row_length, data.packing, data.loss_on) == (2048, "pad", "all")
 
 
 def test_the_paper_is_trained_on_the_thirteen_sources_of_table_2():

@@ -1,21 +1,25 @@
-"""Recipe (YAML) and dotted overrides -> one frozen run config, with every problem reported at once."""
+"""Recipe (YAML) and dotted overrides -> one frozen config of a run, with every problem reported at once.
+
+A pre-training run is a RunConfig; the recipes of fine-tuning and preference tuning are in tuning_config.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from openelm.errors import UserError
 from openelm.model.geometry import SIZES, ModelConfig
-from openelm.recipe import combine, read_layers
+from openelm.recipe import Layer, combine, read_layers
 from openelm.recipe import recipe_names as recipe_names
 
 # A whole number, and nothing that only passes for one (true, "3").
 Int = Annotated[int, Strict()]
+C = TypeVar("C", bound="Section")
 
 
 class Section(BaseModel):
@@ -157,11 +161,11 @@ class TrainSection(Section):
                 f"train.global_batch={self.global_batch} rows is not a multiple of "
                 f"train.micro_batch={self.micro_batch}: set train.global_batch={near}, or change train.micro_batch"
             )
-        if self.warmup_steps >= self.steps:
+        if self.steps and self.warmup_steps >= self.steps:
             problems.append(
                 f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}: lower it"
             )
-        elif self.decay_steps > self.steps - self.warmup_steps:
+        elif self.steps and self.decay_steps > self.steps - self.warmup_steps:
             problems.append(
                 f"train.decay_steps={self.decay_steps} must be at most the {self.steps - self.warmup_steps} steps "
                 "after the warm-up: lower it"
@@ -201,32 +205,53 @@ class RunConfig(Section):
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
-    """A packaged recipe by name, or a YAML file by path, with ``a.b=value`` overrides.
+    """A packaged pre-training recipe by name, or a YAML file by path, with ``a.b=value`` overrides."""
+    return load(RunConfig, recipe, overrides)
 
-    A recipe stands over its ``base``, its row of ``by_size`` for the chosen size over both, overrides over all. Raises
+
+def load(form: type[C], recipe: str, overrides: list[str]) -> C:
+    """A recipe as a config of this form.
+
+    It stands over its ``base``, its row of ``by_size`` for the chosen size over both, overrides over all. Raises
     UserError with all problems and, for unknown keys, the nearest valid one.
     """
     layers = read_layers(recipe)
+    if _tunes(layers, overrides) == (form is RunConfig):
+        if form is RunConfig:
+            raise UserError(f"{recipe} tunes a model that is there: run `openelm finetune {recipe}`, or `openelm dpo`")
+        raise UserError(f"{recipe} names no model to tune: set model.path, or train one with `openelm pretrain`")
     for layer in layers:
-        if problems := _problems_of_rows(layer.by_size):
+        if problems := _problems_of_rows(form, layer.by_size):
             raise UserError(f"{layer.path}: " + "; ".join(problems))
     data, if_missing = combine(layers, overrides)
-    return resolve(data, recipe, if_missing)
+    return resolve(form, data, recipe, if_missing)
 
 
-def resolve(data: dict[str, Any], origin: str, if_missing: str = "") -> RunConfig:
+def _tunes(layers: list[Layer], overrides: list[str]) -> bool:
+    """Whether a recipe, or a row of it, names a model that is there already, an adapter or preferences."""
+    rows = (row for layer in layers if isinstance(layer.by_size, dict) for row in layer.by_size.values())
+    parts = [part for part in (*(layer.sections for layer in layers), *rows) if isinstance(part, dict)]
+    return any(
+        part.get("adapter")
+        or part.get("preference")
+        or (isinstance(part.get("model"), dict) and "path" in part["model"])
+        for part in parts
+    ) or any(override.startswith(("model.path=", "adapter.", "preference.")) for override in overrides)
+
+
+def resolve(form: type[C], data: dict[str, Any], origin: str, if_missing: str = "") -> C:
     """A recipe's mapping as a checked, frozen config; ``if_missing`` is said too where a key without default is."""
     try:
-        return RunConfig.model_validate(data)
+        return form.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(entry) for entry in error.errors()]
-        problems += [found for found in _problems_between(data, error) if found not in problems]
+        problems = [_problem(form, entry) for entry in error.errors()]
+        problems += [found for found in _problems_between(form, data, error) if found not in problems]
         if if_missing and any(entry["type"] == "missing" for entry in error.errors()):
             problems.append(if_missing)
         raise UserError(f"{origin}: " + "; ".join(problems)) from None
 
 
-def _problems_of_rows(rows: Any) -> list[str]:
+def _problems_of_rows(form: type[Section], rows: Any) -> list[str]:
     """What is wrong with the rows of by_size, each by itself, whichever will be used."""
     if not isinstance(rows, dict):
         return [f"by_size={rows!r} must map sizes to sections, as by_size.270M.train.lr"]
@@ -241,15 +266,15 @@ def _problems_of_rows(rows: Any) -> list[str]:
         if isinstance(row.get("model"), dict) and "size" in row["model"]:
             problems.append(f"by_size.{size}.model.size: a size's row cannot choose the size: take it out")
         try:
-            RunConfig.model_validate(row)
+            form.model_validate(row)
         except ValidationError as error:
             # A row is only a part: what it lacks, and how its values suit the rest, is seen once it is merged.
             wrong = [entry for entry in error.errors() if entry["type"] not in ("missing", "value_error")]
-            problems += [f"by_size.{size}.{_problem(entry)}" for entry in wrong]
+            problems += [f"by_size.{size}.{_problem(form, entry)}" for entry in wrong]
     return problems
 
 
-def _problems_between(data: dict[str, Any], error: ValidationError) -> list[str]:
+def _problems_between(form: type[Section], data: dict[str, Any], error: ValidationError) -> list[str]:
     """What does not fit together among the values that are sound: pydantic looks at it only where all are."""
     sound = copy.deepcopy(data)
     for entry in error.errors():
@@ -263,16 +288,16 @@ def _problems_between(data: dict[str, Any], error: ValidationError) -> list[str]
                 del inner[key]
                 break
     try:
-        RunConfig.model_validate(sound)
+        form.model_validate(sound)
     except ValidationError as left:
-        return [_problem(entry) for entry in left.errors() if entry["type"] == "value_error"]
+        return [_problem(form, entry) for entry in left.errors() if entry["type"] == "value_error"]
     return []
 
 
-def _problem(entry: Any) -> str:
+def _problem(form: type[Section], entry: Any) -> str:
     key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("float", "tuple", "int")))
     if entry["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _valid_keys(RunConfig), n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(key, _valid_keys(form), n=1, cutoff=0.0)[0]
         return f"{key} is not a key: did you mean {near}?"
     if entry["type"] == "missing":
         return f"{key} is missing: it has no default"
@@ -285,7 +310,7 @@ def _valid_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, entry in section.model_fields.items():
         keys.append(prefix + name)
-        inner = SourceSection if name == "sources" else entry.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += _valid_keys(inner, f"{prefix}{name}." + ("0." if name == "sources" else ""))
+        for inner in (entry.annotation, *get_args(entry.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += _valid_keys(inner, f"{prefix}{name}." + ("0." if name == "sources" else ""))
     return keys

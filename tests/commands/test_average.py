@@ -8,7 +8,9 @@ import torch
 
 from openelm import ModelConfig, OpenELM, cli, load_model
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
+from openelm.interop.adapter import Adapter, open_adapter, shapes
 from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.form import Form
 
 CONFIG = ModelConfig(
     model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=320
@@ -22,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     model = OpenELM(CONFIG)
     for step in (10, 20, 60):
         weights = {name: torch.full_like(tensor, step) for name, tensor in model.state_dict().items()}
-        checkpoints.save(CONFIG, Checkpoint(step, weights, {}, {}))
+        checkpoints.save(Form(CONFIG), Checkpoint(step, weights, {}, {}))
     return tmp_path
 
 
@@ -40,8 +42,8 @@ def test_the_mean_of_the_last_checkpoints_is_written(run: Path, capsys: pytest.C
 def test_out_dtype_and_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["average", str(run), "--last", "3", "--out", str(tmp_path / "mean"), "--dtype", "bfloat16", "--json"]
     assert cli.run(words) == 0
-    expected = {"folder": str(tmp_path / "mean"), "steps": [10, 20, 60], "ema": False, "tokenizer": False}
-    assert json.loads(capsys.readouterr().out) == expected
+    expected = {"folder": str(tmp_path / "mean"), "steps": [10, 20, 60], "ema": False}
+    assert json.loads(capsys.readouterr().out) == {**expected, "tokenizer": False, "adapter": False}
     assert values(tmp_path / "mean") == {30.0}
     assert json.loads((tmp_path / "mean" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -118,7 +120,7 @@ def test_the_exponential_average_is_written(run: Path, capsys: pytest.CaptureFix
     weights = OpenELM(CONFIG).state_dict()
     for step in (70, 80):
         kept = {f"ema.{name}": torch.full_like(tensor, step + 1) for name, tensor in weights.items()}
-        checkpoints.save(CONFIG, Checkpoint(step, weights, kept, {}))
+        checkpoints.save(Form(CONFIG), Checkpoint(step, weights, kept, {}))
     assert cli.run(["average", str(run), "--ema"]) == 0
     assert "checkpoint of step 80" in capsys.readouterr().out
     assert values(run / "model-ema-80") == {81.0}
@@ -134,3 +136,59 @@ def test_the_exponential_average_is_written(run: Path, capsys: pytest.CaptureFix
         assert cli.run(["average", str(run), *words, "--out", str(run / "none")]) == 2
         assert said in capsys.readouterr().err
     assert not (run / "none").exists()
+
+
+ADAPTER = Adapter("dora", r=2, targets=("token_embeddings", "qkv_proj"))
+
+
+@pytest.fixture
+def adapter_run(tmp_path: Path) -> Path:
+    """The same of an adapter, with exponential averages; its run has a chat template."""
+    run = tmp_path / "tuned"
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=5)
+    for step in (10, 20):
+        values = {name: torch.full(shape, float(step)) for name, shape in shapes(ADAPTER, CONFIG).items()}
+        kept = {f"ema.{name}": tensor + 1 for name, tensor in values.items()}
+        checkpoints.save(Form(CONFIG, ADAPTER, "someone/small"), Checkpoint(step, values, kept, {}))
+    (run / "model").mkdir()
+    (run / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    return run
+
+
+def adapter_values(folder: Path) -> set[float]:
+    adapter, stored = open_adapter(folder, CONFIG)
+    assert adapter == ADAPTER
+    return {float(value) for name in stored.shapes for value in stored.read(name).unique()}
+
+
+def test_of_an_adapters_run_the_mean_is_an_adapter(adapter_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(adapter_run), "--last", "2"]) == 0
+    out = adapter_run / "adapter-averaged-20"
+    assert f"openelm merge someone/small {out} OUT" in capsys.readouterr().out
+    assert adapter_values(out) == {15.0} and not (out / "config.json").exists()
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/small"
+    assert cli.run(["average", str(adapter_run), "--ema", "--step", "10", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapter"] is True
+    assert adapter_values(adapter_run / "adapter-ema-10") == {11.0}
+
+
+def test_an_adapter_keeps_its_dtype_and_replaces_no_model(
+    run: Path, adapter_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["average", str(adapter_run), "--last", "2"]
+    assert cli.run([*words, "--dtype", "bfloat16"]) == 2
+    assert "trains an adapter, which is kept in float32" in capsys.readouterr().err
+    assert cli.run(["average", str(run), "--last", "1"]) == 0
+    assert cli.run([*words, "--out", str(run / "model-averaged-60"), "--overwrite"]) == 2
+    assert "model-averaged-60 is no adapter folder, so it is not replaced" in capsys.readouterr().err
+    assert values(run / "model-averaged-60") == {60.0}
+
+
+def test_checkpoints_of_different_adapters_have_no_mean(adapter_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Adapter("lora", r=4, targets=("qkv_proj",))
+    weights = {name: torch.zeros(shape) for name, shape in shapes(other, CONFIG).items()}
+    checkpoints = Checkpoints(adapter_run / "checkpoints", keep_last=5)
+    checkpoints.save(Form(CONFIG, other, "someone/small"), Checkpoint(30, weights, {}, {}))
+    assert cli.run(["average", str(adapter_run), "--last", "2"]) == 2
+    assert "they have no mean; average checkpoints of one run" in capsys.readouterr().err

@@ -65,11 +65,18 @@ def test_weights_whose_length_begins_like_a_pickle_are_not_taken_for_one(tmp_pat
     assert "is a safetensors file" in refused(command, tmp_path / "model", capsys)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_peft_adapter_is_to_be_merged(tmp_path, capsys, command):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert f"{tmp_path} is a peft adapter: merge it first (docs/huggingface.md)" in refused(command, tmp_path, capsys)
-    (tmp_path / "config.json").write_text("{}")  # a whole model may have an adapter beside it
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/small"}')
+    merge = f"`openelm merge someone/small {tmp_path} OUT`"
+    assert f"{tmp_path} is an adapter, and no model by itself: make one with {merge}" in refused(
+        command, tmp_path, capsys
+    )
+    for text in ("{}", "[", '{"base_model_name_or_path": 3}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        assert f"`openelm merge MODEL {tmp_path} OUT`" in refused(command, tmp_path, capsys)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()  # a whole model may have an adapter beside it
     assert "adapter" not in refused(command, tmp_path, capsys).replace(str(tmp_path), "")
 
 

@@ -1,6 +1,7 @@
 """openelm info: the figures of named sizes, folders, runs and recipes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 import yaml
 
+import small_adapters
 from openelm import ModelConfig, OpenELM, cli, save_model
 from openelm.commands.info import bar, readable_bytes
+from openelm.interop.adapter import Adapter, shapes
 
 TINY = dict(model_dim=64, num_transformer_layers=3, head_dim=16, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=300)
 
@@ -142,3 +145,38 @@ def test_sizes_are_readable() -> None:
         "12.1 GB",
         "2.00 TB",
     ]
+
+
+def test_of_an_adapter_it_is_said_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(**TINY)  # type: ignore[arg-type]
+    folder = tmp_path / "my adapter"
+    adapter = small_adapters.write(folder, config, "dora", ("qkv_proj",))
+    parameters = sum(math.prod(shape) for shape in shapes(adapter, config).values())
+    expected = {"kind": "dora", "r": 4, "alpha": 8, "dropout": 0.1, "targets": ["qkv_proj"], "parameters": parameters}
+    assert figures(capsys, str(folder)) == {"name": str(folder), "base": "someone/small", "adapter": expected}
+    assert cli.run(["info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tuned from  someone/small" in lines and f"trained     {parameters:,} parameters" in lines
+    assert "adapter     dora, r 4, alpha 8, dropout 0.1, on qkv_proj" in lines
+    assert lines[-1] == f"A model of it: openelm merge someone/small '{folder}' OUT"
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert cli.run(["info", str(folder)]) == 2
+    assert "says peft_type 'IA3'" in capsys.readouterr().err
+
+
+def test_a_tuning_run_says_from_what_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(**TINY)  # type: ignore[arg-type]
+    section = {"kind": "lora", "r": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["qkv_proj", "out_proj"]}
+    of_run: dict[str, Any] = {"model": {"path": "someone/small"}, "geometry": config.as_dict(), "adapter": section}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_run))
+    found = figures(capsys, str(tmp_path))
+    adapter = Adapter("lora", 2, 4, 0.0, ("qkv_proj", "out_proj"))
+    parameters = sum(math.prod(shape) for shape in shapes(adapter, config).values())
+    assert found["base"] == "someone/small" and found["parameters"] == config.num_parameters()
+    assert found["adapter"] == {**section, "parameters": parameters}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**of_run, "adapter": None}))
+    assert cli.run(["info", str(tmp_path)]) == 0
+    assert "tuned from  someone/small" in (printed := capsys.readouterr().out) and "adapter" not in printed
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**of_run, "adapter": {"kind": "lora"}}))
+    assert cli.run(["info", str(tmp_path)]) == 2
+    assert "holds no adapter" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_pad_row_is_the_first_ids_of_a_piece_and_nothing_is_carried_over() -> No
     batch = packing.batch(rows, BOS)
     assert batch.tokens.tolist() == [[BOS, 3, EOS, BOS]]
     assert batch.targets.tolist() == [[3, EOS, IGNORE, IGNORE]]
-    assert batch.valid_tokens() == 2
+    assert batch.weight() == 2
 
 
 @pytest.mark.parametrize("row_length", [1, 2, 7, 64])
@@ -61,7 +61,7 @@ def test_the_count_of_targets_is_what_the_rows_then_serve() -> None:
         pieces = pieces_of(random.Random(5), 80, 40)
         rows, remainder = pack(packing, pieces)
         left = [id for id in remainder.tolist()[1:] if id != BOS]
-        valid = packing.batch(rows, BOS).valid_tokens()
+        valid = packing.batch(rows, BOS).weight()
         assert sum(map(packing.targets, pieces)) == valid + len(left)
 
 

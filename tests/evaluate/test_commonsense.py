@@ -28,11 +28,6 @@ def spec_of(name):
     return known(next(task for task, own in commonsense.SETS.items() if own == name))
 
 
-def test_training_text_is_as_published_adapters_saw_it(golden):
-    for case in golden("commonsense_text")["cases"]:
-        assert commonsense.training_text(case["example"]) == case["text"]
-
-
 def test_requests_are_as_corenet_makes_them_through_lm_eval(golden, tmp_path):
     pytest.importorskip("lm_eval")
     for case in golden("commonsense_requests")["cases"]:

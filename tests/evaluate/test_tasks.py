@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from openelm.data.records import read
 from openelm.errors import UserError
 from openelm.evaluate import task_data, tasks
 from openelm.evaluate.suites import Spec, known, suite
@@ -181,7 +182,7 @@ def test_every_format_gives_the_same_prompts(data, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    records = task_data.records(data / "piqa" / "validation.jsonl")
+    records = list(read(str(data / "piqa" / "validation.jsonl")))
     wanted = prompts(tasks.load(at("piqa"), data))
     folders = {kind: tmp_path / kind / "piqa" for kind in ("json", "lines", "parquet", "parts")}
     for folder in folders.values():
@@ -448,7 +449,7 @@ def test_prefetch_takes_every_task_once_and_names_those_that_fail(data, monkeypa
         if "super_glue" in path:
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
         folder = task_data.folder_of(data, path, name)
-        return {file.stem: datasets.Dataset.from_list(task_data.records(file)) for file in folder.iterdir()}
+        return {file.stem: datasets.Dataset.from_list(list(read(str(file)))) for file in folder.iterdir()}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(task_data, "_silence", lambda endpoint: "")

@@ -352,3 +352,21 @@ def test_speeds_are_measured(engine):
 def test_stream_decoder_is_the_one_that_decode_uses(tokenizer):
     decoder, ids = StreamDecoder(tokenizer), tokenizer.encode(TEXT)
     assert "".join(map(decoder.push, ids)) + decoder.flush() == TEXT
+
+
+def test_samples_of_one_prompt_share_its_keys_and_values(engine, tokenizer, monkeypatch):
+    one, other = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in ("def add(first", "class"))
+    prompts, seeds = [one, other, one, one, other], [1, 2, 3, 4, 5]
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.2)
+    alone = [
+        engine.generate([prompt], 12, sampling, seeds=[seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    rows = []
+
+    def counted(model, tokens_BT, *arguments):
+        rows.append(len(tokens_BT))
+        return prefill(model, tokens_BT, *arguments)
+
+    monkeypatch.setattr(engine_module, "prefill", counted)
+    assert engine.generate(prompts, 12, sampling, seeds=seeds) == alone
+    assert rows == [2]

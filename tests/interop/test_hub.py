@@ -274,3 +274,37 @@ def test_the_checksum_that_we_state_is_that_of_llamas_tokenizer(shared):
 
     raw = (shared / "data" / "llama-tokenizer" / "tokenizer.model").read_bytes()
     assert hashlib.sha256(raw).hexdigest() == ours.TOKENIZER_SHA256
+
+
+def test_an_adapter_is_downloaded_from_the_top_or_from_its_folder_and_nothing_else(hub, model_files):
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    others = {"training_args.bin": b"x", "checkpoint-5/adapter_model.safetensors": b"x", "README.md": b"# It"}
+    hub.add("me/adapter", adapter | others | {"chat_template.jinja": b"{}"})
+    assert content(ours.download_adapter("me/adapter")) == adapter | {"chat_template.jinja": b"{}"}
+    inside = {f"adapter/{name}": data for name, data in adapter.items()}
+    hub.add("me/tuned", inside | model_files)
+    assert content(ours.download_adapter("me/tuned")) == inside
+    assert not hub.asked("GET .*(training_args|checkpoint-5|pytorch_model|/model.safetensors)")
+
+
+def test_offline_an_adapter_comes_from_the_cache(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    files = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": b"x"}
+    hub.add("me/tuned", files)
+    ours.download_adapter("me/tuned")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert content(ours.download_adapter("me/tuned")) == files
+
+
+def test_what_is_no_adapter_and_what_is_no_model_is_told_apart(hub, model_files):
+    hub.add("me/model", model_files)
+    hub.add("me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    hub.add("me/pickle", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
+    assert "is an adapter, and no model by itself: make one with `openelm merge MODEL me/adapter" in refused(
+        "me/adapter"
+    )
+    with pytest.raises(UserError, match=r"me/model has no adapter_config\.json, at its top or in adapter/"):
+        ours.download_adapter("me/model")
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors: have its maker save it so"):
+        ours.adapter_path("me/pickle")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import small_tuning
 from openelm import cli
 from openelm.commands import push
 from openelm.data.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from openelm.model.folder import load_model, save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.form import Form
 
 CONFIG = ModelConfig(
     model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, ffn_dim_divisor=16, vocab_size=400
@@ -51,7 +53,7 @@ def run(tmp_path, tokenizer_file) -> Path:
     kept = Checkpoints(run / "checkpoints", keep_last=9)
     for step in (2, 4):
         state = {"tokens": 100 * step, "stream": {}}
-        kept.save(CONFIG, Checkpoint(step, model(step).state_dict(), {"step": torch.tensor([1.0])}, state))
+        kept.save(Form(CONFIG), Checkpoint(step, model(step).state_dict(), {"step": torch.tensor([1.0])}, state))
     texts = {
         "config.yaml": f"path: {home}/text\nurl: https://bob:pass@host/x?X-Amz-Signature=abc123&y=1\n",
         "environment.json": json.dumps({"compiler": {"path": f"{home}/bin/g++"}}),
@@ -311,3 +313,62 @@ def test_a_dead_network_is_one_line(me, run, capfd, monkeypatch):
     assert "cannot be reached" in refused(capfd, run, "me/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "unset HF_HUB_OFFLINE" in refused(capfd, run, "me/tiny")
+
+
+@pytest.fixture
+def tuned(tmp_path, golden_weights, tokenizer_file, monkeypatch) -> Path:
+    """A finished run of an adapter on the embedding and on the attention, with checkpoints of steps 2 and 4."""
+    pytest.importorskip("peft")
+    return small_tuning.train(tmp_path, golden_weights, tokenizer_file, monkeypatch)
+
+
+def test_a_tuned_model_goes_up_merged_with_its_adapter_in_a_folder(me, tuned, tmp_path):
+    assert pushed(tuned, "me/tuned") == 0
+    repository = me.repositories["me/tuned"]
+    assert set(repository.branches) == {"main", "step-2", "step-4"}
+    main, step = at(me, "me/tuned", "main"), at(me, "me/tuned", "step-4")
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & set(main)  # transformers would stumble over them
+    assert {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(main)
+    assert set(step) == {name for name in main if not name.startswith("run/")}
+    for branch in ("main", "step-4"):
+        found = load_model(download(f"me/tuned@{branch}")).state_dict()
+        expected = load_model(tuned / "model").state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        files = at(me, "me/tuned", branch)
+        assert files["adapter/adapter_model.safetensors"] == main["adapter/adapter_model.safetensors"]
+        # A path of this machine names nothing to others.
+        assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] is None
+    earlier = load_model(download("me/tuned@step-2")).state_dict()
+    assert not torch.equal(earlier["layers.0.attn.qkv_proj.weight"], expected["layers.0.attn.qkv_proj.weight"])
+    body = main["README.md"].decode()
+    assert 'PeftModel.from_pretrained(base, "me/tuned", subfolder="adapter")' in body
+    metadata, _ = parse(body)
+    assert metadata["license"] == "mit"
+
+
+def test_an_adapter_that_was_pushed_is_merged_by_its_name(me, tuned, tmp_path, capfd):
+    assert pushed(tuned, "me/tuned", "--milestones", "2") == 0
+    out = tmp_path / "merged"
+    assert cli.run(["merge", str(tmp_path / "base"), "me/tuned", str(out), "--untie", "--verify"]) == 0
+    found, expected = load_model(out).state_dict(), load_model(tuned / "model").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "adapter me/tuned merged in" in capfd.readouterr().err
+    assert cli.run(["merge", str(tmp_path / "base"), "me/tuned@step-2", str(tmp_path / "two"), "--untie"]) == 0
+    found, expected = load_model(tmp_path / "two").state_dict(), load_model(download("me/tuned@step-2")).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_second_push_takes_away_an_adapter_that_the_model_no_longer_has(me, run, tuned):
+    assert pushed(tuned, "me/one") == 0
+    assert pushed(run / "model", "me/one") == 0
+    assert not any(name.startswith("adapter/") for name in at(me, "me/one", "main"))
+
+
+def test_without_its_base_a_tuned_model_goes_up_and_its_checkpoints_do_not(me, tuned, tmp_path, capfd):
+    (tmp_path / "base").rename(tmp_path / "moved")
+    message = refused(capfd, tuned, "me/tuned")
+    assert "step_00000002 holds an adapter" in message and "or pass --milestones none" in message
+    assert me.requests == []
+    assert pushed(tuned, "me/tuned", "--milestones", "none") == 0
+    assert "adapter/adapter_model.safetensors" in at(me, "me/tuned", "main")
+    assert "`openelm merge" in refused(capfd, tuned / "adapter", "me/other")

@@ -1,11 +1,11 @@
-"""The chunked loss against the plain one: values, gradients, memory."""
+"""The chunked loss and log-probabilities against the plain ones: values, gradients, memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from openelm.model import loss
-from openelm.model.loss import fused_cross_entropy
+from openelm.model.loss import fused_cross_entropy, target_log_probs
 
 # fp32: sums of a few hundred terms in another order.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -116,11 +116,11 @@ def test_a_frozen_side_gets_no_gradient_and_changes_none():
     assert torch.equal(torch.autograd.grad(only_weight, weight)[0], expected[1])
 
 
-def peak_bytes(positions: int, dtype: torch.dtype) -> int:
+def peak_bytes(positions: int, dtype: torch.dtype, total=lambda *given: fused_cross_entropy(*given, Z)[0]) -> int:
     """The most that forward and backward hold at one time, beyond what was there before."""
     hidden, weight, targets = make(positions, 16, 64, dtype)
     with torch.profiler.profile(profile_memory=True) as profile:
-        fused_cross_entropy(hidden, weight, targets, Z)[0].div(3).backward()
+        total(hidden, weight, targets).div(3).backward()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -141,17 +141,20 @@ def test_peak_memory_beyond_the_gradient_of_the_hidden_states_does_not_grow_with
     assert many - few <= gradient_grows + 1024  # a few scalars of the chunks' bookkeeping
 
 
+def products(work) -> int:
+    """Matrix products that ``work`` makes."""
+    with torch.profiler.profile() as profile:
+        work()
+    return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+
+
 def test_without_gradients_the_loss_costs_one_product_a_chunk(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 64)
 
-    def calls_of_mm(positions: int) -> int:
-        hidden, weight, targets = make(positions, 16, 64)
-        with torch.no_grad(), torch.profiler.profile() as profile:
-            fused_cross_entropy(hidden, weight, targets)
-        return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
-
-    # One product a chunk: the two for the gradients are not made.
-    assert calls_of_mm(256) == 256 // 64
+    hidden, weight, targets = make(256, 16, 64)
+    with torch.no_grad():
+        # One product a chunk: the two for the gradients are not made.
+        assert products(lambda: fused_cross_entropy(hidden, weight, targets)) == 256 // 64
 
 
 def test_a_second_backward_is_refused_rather_than_scaled_twice():
@@ -160,3 +163,120 @@ def test_a_second_backward_is_refused_rather_than_scaled_twice():
     (total / 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         (total / 2).backward()
+
+
+# Log-probabilities
+
+
+def plain_log_probs(hidden, weight, targets):
+    """The same by the book, over all logits at once."""
+    log_p = F.linear(hidden, weight).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return log_p.where(targets != -100, 0.0)
+
+
+def upstream(positions: int) -> torch.Tensor:
+    """What each position counts: of both signs, as for chosen and rejected answers."""
+    return torch.randn(positions, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 16, 25, 26, 1000])  # 25 of 32 positions count
+def test_log_probabilities_and_gradients_are_the_plain_ones_wherever_chunks_end(monkeypatch, rows_a_chunk):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", rows_a_chunk * 40)
+    hidden, weight, targets = make(32, 12, 40)
+    assert (targets != -100).sum() == 25
+    found, expected = target_log_probs(hidden, weight, targets), plain_log_probs(hidden, weight, targets)
+    assert torch.equal(found[targets == -100], torch.zeros(7))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    counts = upstream(32)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (hidden, weight), counts),
+        torch.autograd.grad(expected, (hidden, weight), counts),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_log_probabilities_of_fp32_are_exact_to_fp32():
+    hidden, weight, targets = make(300, 32, 500)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    found, expected = target_log_probs(hidden, weight, targets), plain_log_probs(*exact, targets)
+    # A log-probability of up to 30 is right to a few units of its last of 24 bits.
+    assert (found - expected).abs().max() < 1e-5
+    ours = torch.autograd.grad(found, (hidden, weight), upstream(300))
+    theirs = torch.autograd.grad(expected, exact, upstream(300).double())
+    for gradient, reference in zip(ours, theirs, strict=True):
+        assert (gradient - reference).norm() / reference.norm() < 1e-6
+
+
+def test_log_probabilities_of_bf16_are_within_bf16_of_the_exact_ones(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 40 * 100)
+    hidden, weight, targets = make(1000, 32, 40, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    found, expected = target_log_probs(hidden, weight, targets), plain_log_probs(*exact, targets)
+    assert found.dtype == torch.float32
+    # Logits come out of a bf16 product: 2**-9 of a value of up to 16, twice; as often up as down.
+    assert (found - expected).abs().max() < 2 * 16 * 2**-9
+    assert (found - expected).mean().abs() < 2e-3
+    ours = torch.autograd.grad(found, (hidden, weight), upstream(1000))
+    theirs = torch.autograd.grad(expected, exact, upstream(1000).double())
+    for gradient, reference in zip(ours, theirs, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - reference).norm() / reference.norm() < 1e-2
+
+
+def test_huge_logits_give_finite_log_probabilities_and_gradients():
+    hidden, weight, targets = make(16, 12, 40)
+    scaled = (hidden.detach() * 1e3).requires_grad_()
+    found = target_log_probs(scaled, weight, targets)
+    torch.testing.assert_close(found, plain_log_probs(scaled, weight, targets), **CLOSE)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(found.sum(), (scaled, weight)))
+
+
+def test_log_probabilities_of_nothing_are_zero_and_teach_nothing():
+    hidden, weight, targets = make(8, 12, 40)
+    found = target_log_probs(hidden, weight, torch.full_like(targets, -100))
+    assert torch.equal(found, torch.zeros(8))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(found.sum(), (hidden, weight)))
+
+
+def test_a_frozen_side_of_log_probabilities_gets_no_gradient_and_costs_no_product(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 64)
+    hidden, weight, targets = make(256, 16, 64)
+    chunks = -(-int((targets != -100).sum()) // 64)
+    expected = torch.autograd.grad(target_log_probs(hidden, weight, targets), (hidden, weight), upstream(256))
+    only_weight = target_log_probs(hidden.detach(), weight, targets)
+    assert torch.equal(torch.autograd.grad(only_weight, weight, upstream(256))[0], expected[1])
+    only_hidden = target_log_probs(hidden, weight.detach(), targets)
+    found = []
+    work = products(lambda: found.extend(torch.autograd.grad(only_hidden, hidden, upstream(256))))
+    assert torch.equal(found[0], expected[0])
+    assert work == 2 * chunks, "the logits again, and the gradient of the hidden states"
+
+
+def test_log_probabilities_cost_one_product_a_chunk_and_none_for_what_does_not_count(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 64)
+    hidden, weight, targets = make(256, 16, 64)
+    targets[:192] = -100  # a prompt
+    assert products(lambda: target_log_probs(hidden, weight, targets)) == 1
+    with torch.no_grad():
+        assert not target_log_probs(hidden, weight, targets).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_of_log_probabilities_is_a_chunk_whatever_the_rows(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 64)
+
+    def total(hidden, weight, targets):
+        return target_log_probs(hidden, weight, targets).sum()
+
+    few, many = peak_bytes(512, dtype, total), peak_bytes(8192, dtype, total)
+    # A row costs its gradient, and a dozen numbers of 4 or 8 bytes; its 64 logits alone would be 256 bytes.
+    assert many - few <= (8192 - 512) * (16 * dtype.itemsize + 96)
+
+
+def test_the_gradient_of_log_probabilities_can_be_asked_for_twice():
+    hidden, weight, targets = make(20, 12, 40)
+    found = target_log_probs(hidden, weight, targets)
+    once = torch.autograd.grad(found, (hidden, weight), upstream(20), retain_graph=True)
+    again = torch.autograd.grad(found, (hidden, weight), upstream(20))
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))

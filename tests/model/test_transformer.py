@@ -7,7 +7,7 @@ import torch
 
 from openelm.model.cache import Cache
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
+from openelm.model.transformer import OpenELM, attend, init_weights
 
 # fp32 with sums in another order: logits of a few units differ in the sixth digit.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -131,6 +131,31 @@ def test_the_loss_is_that_of_the_logits(model):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
         assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_log_probabilities_are_those_of_the_logits_and_sum_to_the_loss(model):
+    row, segments = random_tokens(2, 17), torch.tensor([1] * 6 + [2] * 10).expand(2, -1)
+    tokens, targets = row[:, :-1], row[:, 1:].clone()
+    targets[0, :9] = -100
+    found = model(tokens, targets, segments, log_probs=True)
+    expected = model(tokens, segments=segments).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(found, expected.where(targets != -100, 0.0), **CLOSE)
+    torch.testing.assert_close(-found.sum(), model(tokens, targets, segments), **CLOSE)
+
+
+def test_repeated_key_heads_attend_as_groups_do():
+    """CUDA takes the one where the CPU takes the other: values and gradients are the same."""
+    draw = torch.Generator().manual_seed(2)
+    heads = [torch.randn(2, count, 9, 16, generator=draw, requires_grad=True) for count in (6, 2, 2)]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & (torch.rand(2, 1, 9, 9, generator=draw) < 0.7)
+    mask |= torch.eye(9, dtype=torch.bool)
+    grouped, repeated = (attend(*heads, mask, causal=False, repeat=repeat) for repeat in (False, True))
+    torch.testing.assert_close(repeated, grouped, **CLOSE)
+    counts = torch.randn(grouped.shape, generator=draw)
+    for one, other in zip(
+        torch.autograd.grad(grouped, heads, counts), torch.autograd.grad(repeated, heads, counts), strict=True
+    ):
+        torch.testing.assert_close(other, one, **CLOSE)
 
 
 @pytest.mark.parametrize(("which", "attentions", "ffns"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)])

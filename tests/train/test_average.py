@@ -9,6 +9,7 @@ from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 from openelm.train.average import Average, exponential_average, newest, newest_in_a_row
 from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.form import Form
 
 CONFIG = ModelConfig(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, vocab_size=20)
 
@@ -20,7 +21,7 @@ def weights_of(seed: int, config: ModelConfig = CONFIG) -> dict[str, torch.Tenso
 
 
 def save(checkpoints: Checkpoints, step: int, config: ModelConfig = CONFIG) -> None:
-    checkpoints.save(config, Checkpoint(step, weights_of(step, config), {}, {}))
+    checkpoints.save(Form(config), Checkpoint(step, weights_of(step, config), {}, {}))
 
 
 def average_checkpoints(checkpoints, last):
@@ -53,7 +54,7 @@ def test_the_mean_does_not_lose_what_fp32_sums_lose(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=9)
     weights = weights_of(0)
     for step, value in ((1, 2.0**24), (2, 1.0), (3, 1.0)):
-        checkpoints.save(CONFIG, Checkpoint(step, {**weights, "norm.weight": torch.full((32,), value)}, {}, {}))
+        checkpoints.save(Form(CONFIG), Checkpoint(step, {**weights, "norm.weight": torch.full((32,), value)}, {}, {}))
     _, mean, _ = average_checkpoints(checkpoints, 3)
     assert set(mean["norm.weight"].tolist()) == {torch.tensor((2**24 + 2) / 3, dtype=torch.float32).item()}
 
@@ -106,13 +107,13 @@ def test_an_old_milestone_is_not_among_those_in_a_row(steps, spacing, chosen):
 
 def test_the_exponential_average_of_a_checkpoint_is_found_or_missed_by_name(checkpoints):
     kept = {f"ema.{name}": tensor for name, tensor in weights_of(7).items()}
-    checkpoints.save(CONFIG, Checkpoint(50, weights_of(50), kept, {}))
-    config, read = exponential_average(checkpoints, 50)
-    assert config.num_parameters() == CONFIG.num_parameters()
+    checkpoints.save(Form(CONFIG), Checkpoint(50, weights_of(50), kept, {}))
+    form, read = exponential_average(checkpoints, 50)
+    assert form.config.num_parameters() == CONFIG.num_parameters()
     assert all(torch.equal(read(name), tensor) for name, tensor in weights_of(7).items())
     with pytest.raises(UserError, match=r"step_00000040 holds no exponential average.*train\.ema_decay"):
         exponential_average(checkpoints, 40)
     kept.pop("ema.norm.weight")
-    checkpoints.save(CONFIG, Checkpoint(60, weights_of(60), kept, {}))
+    checkpoints.save(Form(CONFIG), Checkpoint(60, weights_of(60), kept, {}))
     with pytest.raises(UserError, match=r"ema\.norm\.weight has shape None, but config\.json gives \(32,\)"):
         exponential_average(checkpoints, 60)

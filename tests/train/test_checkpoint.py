@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from openelm import cli
-from openelm.config import resolve
+from openelm.config import RunConfig, resolve
 from openelm.errors import UserError
 from openelm.model.folder import load_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
-from openelm.train import checkpoint as checkpoint_module
+from openelm.train import form as form_module
 from openelm.train.checkpoint import Checkpoint, Checkpoints, sha256, verify
+from openelm.train.form import Form
 from openelm.train.pretrain import pretrain
 
 CONFIG = ModelConfig(model_dim=32, num_transformer_layers=2, head_dim=16, num_gqa_groups=1, vocab_size=20)
@@ -35,7 +36,7 @@ def make(step: int) -> Checkpoint:
 def checkpoints(tmp_path) -> Checkpoints:
     found = Checkpoints(tmp_path / "checkpoints", keep_last=2)
     for step in (5, 10):
-        found.save(CONFIG, make(step))
+        found.save(Form(CONFIG), make(step))
     return found
 
 
@@ -46,7 +47,7 @@ def drafts(folder: Path) -> list[Path]:
 def test_what_is_saved_comes_back(checkpoints):
     torch.manual_seed(3)
     saved = make(15)
-    checkpoints.save(CONFIG, saved)
+    checkpoints.save(Form(CONFIG), saved)
     following = torch.rand(4)
     torch.manual_seed(4)
     found = checkpoints.load()
@@ -79,7 +80,7 @@ def test_the_last_and_the_milestones_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2, milestone_every=20)
     left = []
     for step in range(5, 50, 5):
-        checkpoints.save(CONFIG, make(step))
+        checkpoints.save(Form(CONFIG), make(step))
         left.append(checkpoints.steps())
     assert left[0] == [5]
     assert left[2] == [10, 15]
@@ -138,7 +139,7 @@ def test_where_there_is_no_older_one_that_is_said(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     with pytest.raises(UserError, match=r"no complete checkpoint.*--overwrite"):
         checkpoints.load()
-    checkpoints.save(CONFIG, make(5))
+    checkpoints.save(Form(CONFIG), make(5))
     with pytest.raises(UserError, match=r"no checkpoint of step 4.*\[5\]"):
         checkpoints.load(4)
     damage(checkpoints.path(5) / "state.json", "removed")
@@ -172,7 +173,7 @@ def test_a_file_that_does_not_fit_leaves_the_checkpoints_as_they_were(checkpoint
     sizes = {file.name: file.stat().st_size for file in checkpoints.path(10).iterdir()}
     assert sizes["config.json"] < sizes["model.safetensors"] < sizes["optimizer.safetensors"]
     with largest_file(sizes[name] - 1), pytest.raises(UserError, match=r"no space left for .*step_00000015"):
-        checkpoints.save(CONFIG, make(15))
+        checkpoints.save(Form(CONFIG), make(15))
     assert checkpoints.steps() == [5, 10]
     assert drafts(checkpoints.folder) == []
     assert checkpoints.load().step == 10
@@ -185,14 +186,14 @@ def test_a_disk_that_is_full_only_when_synced_is_noticed(checkpoints, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="no space left"):
-        checkpoints.save(CONFIG, make(15))
+        checkpoints.save(Form(CONFIG), make(15))
     monkeypatch.undo()
     assert checkpoints.steps() == [5, 10]
     assert drafts(checkpoints.folder) == []
 
 
 def run_to_the_end(recipe, folder: Path) -> bytes:
-    pretrain(resolve(recipe, "test"), folder, resume=False, resume_step=None, overwrite=False)
+    pretrain(resolve(RunConfig, recipe, "test"), folder, resume=False, resume_step=None, overwrite=False)
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
@@ -201,7 +202,7 @@ def test_a_run_on_a_full_disk_stops_with_the_last_checkpoint_whole(
 ):
     run = tmp_path / "run"
     command = ["pretrain", write_recipe(recipe), "--run", str(run)]
-    save = checkpoint_module.write_model
+    save = form_module.write_model
 
     def fills_up(folder, *arguments):
         if "step_00000006" in folder.name:
@@ -209,7 +210,7 @@ def test_a_run_on_a_full_disk_stops_with_the_last_checkpoint_whole(
                 save(folder, *arguments)
         save(folder, *arguments)
 
-    monkeypatch.setattr(checkpoint_module, "write_model", fills_up)
+    monkeypatch.setattr(form_module, "write_model", fills_up)
     assert cli.run(command) == 2
     error = capsys.readouterr().err
     assert "error: no space left for" in error

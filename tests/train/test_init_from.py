@@ -37,7 +37,7 @@ def test_the_first_step_has_the_loss_of_the_model_it_begins_from(
     stream = parts.token_stream(load_recipe(file, []), Tokenizer.load(trained))
     batch = stream.next_batch(recipe["train"]["global_batch"])
     with torch.no_grad():
-        loss = float(model(*batch.tensors("cpu"))) / batch.valid_tokens()
+        loss = float(model(*batch.tensors("cpu"))) / batch.weight()
     # One micro-batch against two: fp32 sums in another order.
     assert first["cross_entropy"] == pytest.approx(loss, rel=1e-5)
 
@@ -126,7 +126,7 @@ def test_the_next_step_from_a_training_state_is_the_one_that_adamw_makes(
     config = load_recipe(file, [])
     batch = parts.token_stream(config, Tokenizer.load(trained)).next_batch(goes_on["train"]["global_batch"])
     loss, _ = model(*batch.tensors("cpu"), z_loss_weight=config.train.z_loss)
-    (loss / batch.valid_tokens()).backward()
+    (loss / batch.weight()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
     train = config.train
     rate = Schedule(train.schedule, train.steps, train.lr, train.min_lr, train.warmup_steps).at(STEPS)

@@ -24,6 +24,7 @@ from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, initial_weights
 from openelm.train import checkpoint
 from openelm.train.checkpoint import Checkpoints, sha256, verify
+from openelm.train.form import Form
 from openelm.train.guard import Guard
 from openelm.train.keeper import Keeper
 from openelm.train.optim import Optimizer
@@ -240,7 +241,7 @@ def test_what_is_kept_does_not_tell_how_often_the_run_was_stopped(tmp_path, stop
     def kept(folder: Path, steps: set[int]) -> list[int]:
         checkpoints = checkpoint.Checkpoints(folder, keep_last=3, milestone_every=9, every=3)
         for step in sorted(steps):
-            checkpoints.save(CONFIG, checkpoint.Checkpoint(step, weights, {}, {}))
+            checkpoints.save(Form(CONFIG), checkpoint.Checkpoint(step, weights, {}, {}))
             assert checkpoints.steps()[-1] == step, "the newest stays until the next one is there"
         return checkpoints.steps()
 
@@ -362,7 +363,9 @@ def test_a_save_beside_the_training_stalls_it_for_less_than_a_tenth_of_one_that_
     guard = Guard(world.device, stop=True, skip_spikes=False, deviations=6.0)
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     keepers = [
-        Keeper(checkpoints, world, geometry, optimizer, guard, tokenizer="", attempt=str(beside), asynchronous=beside)
+        Keeper(
+            checkpoints, world, Form(geometry), optimizer, guard, tokenizer="", attempt=str(beside), asynchronous=beside
+        )
         for beside in (False, True)
     ]
     stalls: list[list[float]] = [[], []]

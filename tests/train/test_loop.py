@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from openelm.config import resolve
+from openelm.config import RunConfig, resolve
 from openelm.data.loader import Step
 from openelm.data.packing import IGNORE, Batch
 from openelm.errors import UserError
@@ -129,7 +129,7 @@ def test_the_loss_is_the_mean_over_all_valid_tokens_of_the_step():
     _, notes = train([cut(batch, 1)])
     assert notes.entries[0]["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
     assert notes.entries[0]["loss"] == pytest.approx(expected.item() + notes.entries[0]["z_loss"], rel=1e-6)
-    assert notes.entries[0]["tokens"] == batch.valid_tokens()
+    assert notes.entries[0]["tokens"] == batch.weight()
 
 
 def test_padding_changes_nothing():
@@ -198,7 +198,7 @@ def test_metrics_checkpoints_and_probes_come_at_their_steps():
         probes=[lambda step, model, data: probed.append((step, data.first_row)) or []],
     )
     assert [entry["step"] for entry in notes.entries] == [3, 6, 7]
-    weights = np.cumsum([rows(step).valid_tokens() for step in range(7)])
+    weights = np.cumsum([rows(step).weight() for step in range(7)])
     assert notes.saved == [(step, weights[step - 1], 8 * step - 8) for step in (2, 4, 6, 7)]
     assert probed == [(step, 8 * step - 8) for step in range(1, 8)]
 
@@ -226,7 +226,7 @@ def run_recipe(recipe, folder, **changes):
     data = {**recipe, "seed": changes.pop("seed", recipe["seed"])}
     for section, values in changes.items():
         data[section] = {**data[section], **values}
-    pretrain(resolve(data, "test"), folder, resume=False, resume_step=None, overwrite=False)
+    pretrain(resolve(RunConfig, data, "test"), folder, resume=False, resume_step=None, overwrite=False)
     return metrics_of(folder), (folder / "model" / "model.safetensors").read_bytes()
 
 

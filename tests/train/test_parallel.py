@@ -18,6 +18,7 @@ from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights, initial_weights
 from openelm.train.average import Average
 from openelm.train.checkpoint import Checkpoint, Checkpoints
+from openelm.train.form import Form
 from openelm.train.optim import Optimizer
 from openelm.train.parallel import World, build, check_batch, compile_model
 
@@ -190,7 +191,7 @@ def test_the_shared_table_is_one_tensor_from_the_meta_device_to_the_exported_fol
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in (1, 2):
         weights = {name: step * master.detach() for name, master in optimizer.masters.items()}
-        checkpoints.save(config, Checkpoint(step, weights, {}, {}))
+        checkpoints.save(Form(config), Checkpoint(step, weights, {}, {}))
     optimizer.load_weights(Average(checkpoints, [1, 2]).read)
     assert model.output_weight is model.token_embeddings.weight
     save_model(model, tmp_path / "model")

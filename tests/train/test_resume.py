@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openelm import cli
-from openelm.config import resolve
+from openelm.config import RunConfig, resolve
 from openelm.train.checkpoint import Checkpoints
 from openelm.train.keeper import Keeper
 from openelm.train.metrics import cut_back
@@ -27,7 +27,7 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
 
 
 def train(recipe: dict[str, Any], run: Path, *, resume: bool = False, resume_step: int | None = None) -> None:
-    pretrain(resolve(recipe, "test"), run, resume=resume, resume_step=resume_step, overwrite=False)
+    pretrain(resolve(RunConfig, recipe, "test"), run, resume=resume, resume_step=resume_step, overwrite=False)
 
 
 class Stopped(BaseException):

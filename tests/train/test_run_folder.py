@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from openelm import cli
-from openelm.config import resolve
+from openelm.config import RunConfig, resolve
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.errors import UserError
 from openelm.train import run_folder
@@ -306,9 +306,9 @@ def test_settings_that_change_no_more_than_the_rounding_may_differ_and_are_told(
         section, name = key.split(".")
         changed = yaml.safe_load(yaml.safe_dump(four_steps))
         changed[section][name] = value
-        notes = check_start(run, resolve(changed, "test"), resume=True, overwrite=False)
+        notes = check_start(run, resolve(RunConfig, changed, "test"), resume=True, overwrite=False)
         [told] = notes or [None]
-        assert told is None if key in FREE else (told.startswith(f"{key} was ") and told.endswith(f", is {value!r}"))
+        assert told is None if key in FREE else (f": {key} was " in told and told.endswith(f", is {value!r}"))
 
 
 def test_a_run_goes_on_with_them_to_an_end_that_differs_in_rounding_only(finished, four_steps, capsys):

@@ -38,6 +38,7 @@ from openelm.train.checkpoint import (
     read_weights,
     verify,
 )
+from openelm.train.form import Form
 from openelm.train.saving import Saver
 
 # 19 rows of vocabulary: no number of ranks from 2 to 8 divides them.
@@ -80,12 +81,12 @@ def part_of(checkpoint: Checkpoint, rank: int, ranks: int) -> Part:
 def write(checkpoints: Checkpoints, step: int, ranks: int = RANKS, attempt: str = "") -> Path:
     attempt = attempt or new_attempt()
     for rank in reversed(range(ranks)):  # the first rank need not be the first to write
-        checkpoints.write_part(CONFIG, part_of(make(step), rank, ranks), rank, ranks, attempt)
+        checkpoints.write_part(Form(CONFIG), part_of(make(step), rank, ranks), rank, ranks, attempt)
     return checkpoints.publish(step, ranks, attempt)
 
 
 def write_part(checkpoints: Checkpoints, rank: int, ranks: int, part: Part) -> None:
-    checkpoints.write_part(CONFIG, part, rank, ranks, "a")
+    checkpoints.write_part(Form(CONFIG), part, rank, ranks, "a")
 
 
 def assert_same(opened: Opened, expected: Checkpoint, readers: int) -> None:
@@ -226,7 +227,7 @@ def test_without_checksums_too_a_model_of_missing_or_doubled_rows_is_refused(che
 @pytest.mark.parametrize("missing", range(RANKS))
 def test_a_part_that_is_not_there_is_named_and_no_checkpoint_appears(checkpoints, missing):
     for rank in set(range(RANKS)) - {missing}:
-        checkpoints.write_part(CONFIG, part_of(make(15), rank, RANKS), rank, RANKS, "now")
+        checkpoints.write_part(Form(CONFIG), part_of(make(15), rank, RANKS), rank, RANKS, "now")
     with pytest.raises(UserError, match=rf"part of rank {missing + 1} of 4 is not in .*step_00000015.*one file system"):
         checkpoints.publish(15, RANKS, "now")
     assert checkpoints.steps() == [5, 10]
@@ -236,7 +237,7 @@ def test_a_part_that_is_not_there_is_named_and_no_checkpoint_appears(checkpoints
 def test_what_an_attempt_before_left_is_not_mixed_in(checkpoints):
     # Killed with the parts of ranks 2 and 4 of four on disk, of other weights; the next attempt is of three ranks.
     for rank in (1, 3):
-        checkpoints.write_part(CONFIG, part_of(make(99), rank, RANKS), rank, RANKS, "before")
+        checkpoints.write_part(Form(CONFIG), part_of(make(99), rank, RANKS), rank, RANKS, "before")
     remains = checkpoints.folder / ".step_00000015.tmp-part-before"
     (checkpoints.folder / ".step_00000099.tmp-part-before").rename(remains)
     write(checkpoints, 15, 3)
@@ -259,11 +260,11 @@ def test_a_part_that_does_not_fit_is_named_and_given_up(checkpoints, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoints.write_part(CONFIG, part_of(make(15), 0, 2), 0, 2, "now")
+    checkpoints.write_part(Form(CONFIG), part_of(make(15), 0, 2), 0, 2, "now")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"no space left for .*step_00000015"):
-            checkpoints.write_part(CONFIG, part_of(make(15), 1, 2), 1, 2, "now")
+            checkpoints.write_part(Form(CONFIG), part_of(make(15), 1, 2), 1, 2, "now")
     checkpoints.discard(15, "now")
     assert hidden(checkpoints.folder) == []
     assert_same(checkpoints.open(), make(10), 1)
@@ -276,7 +277,7 @@ def test_a_read_only_folder_is_named(checkpoints, monkeypatch, number):
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # the tests may run as root, whom no permission stops
     with pytest.raises(UserError, match=r"step_00000015 cannot be written"):
-        checkpoints.write_part(CONFIG, part_of(make(15), 1, 2), 1, 2, "now")
+        checkpoints.write_part(Form(CONFIG), part_of(make(15), 1, 2), 1, 2, "now")
 
 
 def test_another_geometry_is_refused_with_every_field_that_differs(checkpoints):
@@ -391,7 +392,7 @@ def test_the_bits_are_those_of_the_call_whatever_happens_afterwards(tmp_path, as
 
         def work(part: Part) -> None:
             assert not asynchronous or go_on.wait(20)
-            checkpoints.write_part(CONFIG, part, 0, 1, "a")
+            checkpoints.write_part(Form(CONFIG), part, 0, 1, "a")
 
         go_on.clear()
         saver.save(part, work)

@@ -1,20 +1,26 @@
-"""openelm average: the mean of a run's last checkpoints as a model folder."""
+"""openelm average: the mean of a run's last checkpoints as a model folder, or as an adapter's."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from openelm.data.tokenizer import Tokenizer
     from openelm.train.checkpoint import Checkpoints
+    from openelm.train.form import Form
 
-HELP = "Average the weights of a run's last checkpoints into a model folder."
+HELP = "Average the weights of a run's last checkpoints into a model folder, or an adapter's."
 EXAMPLE = "openelm average runs/demo --last 5"
 MOST = 5
 
@@ -38,10 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=int, metavar="STEP", help="of which checkpoint, with --ema (default: the newest)"
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", help="model folder to write (default: RUN/model-averaged-STEP, the newest STEP)"
+        "--out",
+        metavar="FOLDER",
+        help="folder to write (default: RUN/model-averaged-STEP, or RUN/adapter-averaged-STEP; the newest STEP)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written (default: float32)"
+        "--dtype", choices=("float32", "bfloat16"), help="of the model's weights as they are written (default: float32)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER where it exists")
     parser.add_argument("--json", action="store_true", help="print steps and folder as JSON")
@@ -53,41 +61,81 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.run)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give a run folder, as pretrain wrote it")
+        raise UserError(f"{folder} is not a folder: give the folder of a run")
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=MOST)
     steps = chosen_steps(args, checkpoints)
-    out = Path(args.out) if args.out else folder / f"model-{'ema' if args.ema else 'averaged'}-{steps[-1]}"
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} exists: choose another folder with --out, or pass --overwrite")
-    if out.exists() and not (out / "config.json").is_file():
-        # A slip such as `--out runs/demo --overwrite` must not cost a run.
-        raise UserError(f"{out} is no model folder, so it is not replaced: choose another folder with --out")
-
-    from openelm.files import whole_folder
-    from openelm.interop.transformers_folder import complete
-    from openelm.model.folder import DTYPES, write_model
     from openelm.train.average import Average, exponential_average
+    from openelm.train.form import open_form
 
+    form, _ = open_form(checkpoints.path(steps[-1]))
+    out = destination(args, folder, form, steps[-1])
     if args.ema:
-        config, read = exponential_average(checkpoints, steps[-1])
+        form, read = exponential_average(checkpoints, steps[-1])
     else:
         average = Average(checkpoints, steps)
-        config, read = average.config, average.read
+        form, read = average.form, average.read
     tokenizer = find_tokenizer(folder)
-    with whole_folder(out, overwrite=args.overwrite) as draft:
-        write_model(draft, config, read, DTYPES[args.dtype])
-        if tokenizer is not None:
-            tokenizer.save(draft)
-        complete(draft)
+    write(out, form, read, args, folder, tokenizer)
     if tokenizer is None:
         print(f"{folder} holds no tokenizer in model/ or tokenizer/: {out} is written without one", file=sys.stderr)
     if args.json:
-        print(json.dumps({"folder": str(out), "steps": steps, "ema": args.ema, "tokenizer": tokenizer is not None}))
-    elif args.ema:
+        figures = {"folder": str(out), "steps": steps, "ema": args.ema, "tokenizer": tokenizer is not None}
+        print(json.dumps(figures | {"adapter": form.adapter is not None}))
+        return 0
+    if args.ema:
         print(f"{out}: the exponential average that the checkpoint of step {steps[-1]} holds")
     else:
         print(f"{out}: the mean of the checkpoints of steps {', '.join(map(str, steps))}")
+    if form.adapter is not None:
+        print(f"an adapter; a model of it: {shlex.join(['openelm', 'merge', form.base or 'MODEL', str(out), 'OUT'])}")
     return 0
+
+
+def destination(args: argparse.Namespace, run: Path, form: Form, step: int) -> Path:
+    """The folder to write; UserError where it is taken, or where the arguments do not fit an adapter."""
+    from openelm.interop.adapter import CONFIG
+
+    kind, file = ("model", "config.json") if form.adapter is None else ("adapter", CONFIG)
+    if form.adapter is not None and args.dtype not in (None, "float32"):
+        raise UserError(
+            f"--dtype {args.dtype}: {run} trains an adapter, which is kept in float32: leave it out, and give it to "
+            "`openelm merge`"
+        )
+    out = Path(args.out) if args.out else run / f"{kind}-{'ema' if args.ema else 'averaged'}-{step}"
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} exists: choose another folder with --out, or pass --overwrite")
+    if out.exists() and not (out / file).is_file():
+        # A slip such as `--out runs/demo --overwrite` must not cost a run.
+        raise UserError(f"{out} is no {kind} folder, so it is not replaced: choose another folder with --out")
+    return out
+
+
+def write(
+    out: Path,
+    form: Form,
+    read: Callable[[str], Tensor],
+    args: argparse.Namespace,
+    run: Path,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """A model folder, or an adapter's, with the run's tokenizer and chat template."""
+    from openelm.files import whole_folder
+    from openelm.interop.adapter import write_adapter
+    from openelm.interop.transformers_folder import complete
+    from openelm.model.folder import DTYPES, write_model
+
+    with whole_folder(out, overwrite=args.overwrite) as draft:
+        if form.adapter is None:
+            write_model(draft, form.config, read, DTYPES[args.dtype or "float32"])
+        else:
+            write_adapter(draft, form.adapter, form.config, read, form.base, "")
+        if tokenizer is not None:
+            tokenizer.save(draft)
+        template = run / "model" / "chat_template.jinja"
+        if template.is_file():
+            shutil.copyfile(template, draft / template.name)
+        if form.adapter is None:
+            complete(draft)
 
 
 def chosen_steps(args: argparse.Namespace, checkpoints: Checkpoints) -> list[int]:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ def opened(args: argparse.Namespace, subject: Subject, engine: str, tokenizer: P
     from openelm.evaluate import harness, tasks
     from openelm.evaluate.subjects import open_engine, open_transformers
     from openelm.model.folder import DTYPES
+    from openelm.tune.adapters import merged
 
     with tasks.quiet():
         pass  # said once, where lm-eval is missing
@@ -178,7 +180,9 @@ def opened(args: argparse.Namespace, subject: Subject, engine: str, tokenizer: P
     if engine == "transformers":
         lm = open_transformers(subject, dtype=dtype, device=args.device, tokenizer=tokenizer, add_bos=not args.no_bos)
         return lambda _: lm
-    model, template = open_engine(subject, dtype=dtype, device=args.device, tokenizer=tokenizer)
+    model, template = open_engine(
+        subject, dtype=dtype, device=args.device, tokenizer=tokenizer, merge=partial(merged, untie=True)
+    )
     return lambda answers: harness.EngineLM(model, add_bos=not args.no_bos, cache=answers, chat_template=template)
 
 
@@ -188,8 +192,6 @@ def write_card(subject: Subject, evaluation: Evaluation, specs: Sequence[Spec], 
     from openelm.interop.card import Figure, evaluated_card
     from openelm.interop.source import read_text
 
-    if not Path(subject.origin).exists() or (subject.folder / "manifest.json").is_file():
-        return  # of the Hub's cache, or a checkpoint, whose files have checksums
     if way.limit is not None or not way.bos:
         return
     found = [(spec, evaluation.find(spec.task, spec.shots, way)) for spec in specs]
@@ -198,8 +200,7 @@ def write_card(subject: Subject, evaluation: Evaluation, specs: Sequence[Spec], 
         for spec, result in found
         if result is not None and spec.metric in result.metrics
     ]
-    if figures:
-        readme = subject.folder / "README.md"
+    for readme in subject.cards if figures else ():
         card = evaluated_card(read_text(readme) or "", subject.label, figures)
         write_bytes(readme, card.encode("utf-8"))
 

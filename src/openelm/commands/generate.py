@@ -129,8 +129,6 @@ def checked_kind(path: Path) -> str:
     if path.is_dir():
         if (path / "config.json").is_file():
             return ""
-        if (path / "adapter_config.json").is_file():
-            raise UserError(f"{path} is a peft adapter: merge it first (docs/huggingface.md)")
         return "ollama" if (path / "Modelfile").is_file() and (path / "model.gguf").is_file() else ""
     if not path.is_file():
         return ""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from openelm.config import RunConfig
     from openelm.model.geometry import ModelConfig
 
-HELP = "Draw the layers of a model, and count its parameters, FLOPs and bytes."
+HELP = "Draw the layers of a model, and count its parameters, FLOPs and bytes; or say what an adapter is."
 EXAMPLE = "openelm info 1.1B --vocab-size 32128"
 
 BAR_WIDTH = 24
@@ -32,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="a named size (270M), a model or run folder, a GGUF or .pt file, a recipe, or a Hub id; "
-        "./270M is a folder so named",
+        help="a named size (270M), a folder of a model, a run or an adapter, a GGUF or .pt file, a recipe, or a Hub "
+        "id; ./270M is a folder so named",
     )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="another vocabulary")
     parser.add_argument("--max-context-length", type=int, metavar="N", help="another context length")
@@ -45,15 +48,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the geometry, draw it, count it."""
+    """Find the geometry, draw it, count it; of an adapter by itself, which has none, say what it is."""
+    tuning = tuning_of(Path(args.target))
+    if tuning and tuning["adapter"] and not _has_geometry(Path(args.target)):
+        print(json.dumps({"name": args.target, **tuning}) if args.json else draw_adapter(args.target, tuning))
+        return 0
     name, config = find_geometry(args.target)
     options = ("vocab_size", "max_context_length", "qkv_multipliers", "ffn_multipliers")
     changes = {option: getattr(args, option) for option in options if getattr(args, option) is not None}
     if changes:
         config = config.changed(**changes)
-    figures = describe(name, config)
+    figures = {**describe(name, config), **tuning}
     print(json.dumps(figures, indent=1) if args.json else draw(figures))
     return 0
+
+
+def _has_geometry(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / "config.yaml").is_file()
+
+
+def tuning_of(path: Path) -> dict[str, Any]:
+    """Of a tuning run's folder, or an adapter's: ``base``, and ``adapter``, which is None where all weights are tuned.
+
+    Nothing of any other. UserError where what the folder says cannot be read.
+    """
+    from openelm.interop import adapter as peft_files
+    from openelm.model.stored import StoredTensors, safetensors_files
+
+    if (path / peft_files.CONFIG).is_file() and not any(path.glob("model*.safetensors")):
+        adapter, base = peft_files.read_config(path)
+        shapes = StoredTensors(safetensors_files(path, peft_files.STEM)).shapes
+    else:
+        config = _run_config(path / "config.yaml")
+        base = str(_section(config, "model").get("path") or "")
+        if not base:
+            return {}
+        if not config.get("adapter"):
+            return {"base": base, "adapter": None}
+        section = _section(config, "adapter")
+        try:
+            adapter = peft_files.Adapter(**{**section, "targets": tuple(section["targets"])})
+            shapes = peft_files.shapes(adapter, _of_run_config(path / "config.yaml"))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path / 'config.yaml'} holds no adapter ({error!r}): is it the config of a run?"
+            ) from error
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return {"base": base, "adapter": {**asdict(adapter), "targets": list(adapter.targets), "parameters": count}}
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    """Of a run's config, what can be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def find_geometry(target: str) -> tuple[str, ModelConfig]:
@@ -245,8 +302,29 @@ def _counts(figures: dict[str, Any]) -> list[str]:
         "cache": f"{readable_bytes(per_token)} a token, {readable_bytes(whole)} at full context "
         f"({figures['cache_dtype']})",
     }
+    if "base" in figures:
+        rows |= _tuned(figures)
     lines = [f"{name:<12}{text}" for name, text in rows.items()]
     return [*lines, "", f"Weights: {figures['weight_bytes_rule']}."]
+
+
+def _tuned(figures: dict[str, Any]) -> dict[str, str]:
+    """What was tuned, and of which model."""
+    adapter, rows = figures["adapter"], {"tuned from": figures["base"] or "not said"}
+    if adapter:
+        dropout = f", dropout {adapter['dropout']:g}" if adapter["dropout"] else ""
+        rows["adapter"] = f"{adapter['kind']}, r {adapter['r']}, alpha {adapter['alpha']:g}{dropout}, on " + ", ".join(
+            adapter["targets"]
+        )
+        rows["trained"] = f"{adapter['parameters']:,} parameters"
+    return rows
+
+
+def draw_adapter(name: str, figures: dict[str, Any]) -> str:
+    """What an adapter is, and what makes a model of it."""
+    lines = [f"{key:<12}{text}" for key, text in _tuned(figures).items()]
+    merge = shlex.join(["openelm", "merge", figures["base"] or "MODEL", name, "OUT"])
+    return "\n".join([f"{name}: an adapter", "", *lines, "", f"A model of it: {merge}"])
 
 
 def readable_bytes(size: float) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from openelm.commands import runs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,41 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``openelm pretrain``."""
     parser.add_argument("recipe", metavar="RECIPE", help="packaged recipe (demo, ...) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as train.steps=500 or model.size=270M")
-    parser.add_argument("--run", metavar="FOLDER", help="run folder (default: runs/NAME)")
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="train.steps: as many as fit here, by a trial of three"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument(
-        "--auto-resume",
-        action="store_true",
-        help="go on where there is a run, else begin (for job scripts)",
-    )
-    parser.add_argument("--resume-step", type=int, metavar="STEP", help="go on from this checkpoint (an older one)")
-    parser.add_argument("--overwrite", action="store_true", help="delete a run folder that is there, and start anew")
+    runs.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would happen: data, memory, disk, time")
     parser.add_argument("--json", action="store_true", help="print the summary (or the dry run) as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end, then write model folder and report."""
-    from pathlib import Path
-
     from openelm.config import load_recipe
     from openelm.errors import UserError
 
     config = load_recipe(args.recipe, args.overrides)
-    folder = Path(args.run or Path("runs") / config.name)
-    resume: bool | None = args.resume or args.resume_step is not None
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    if args.overwrite and (resume or args.auto_resume):
-        raise UserError("--resume and --auto-resume go on with a run, --overwrite deletes it: give one of them")
-    if args.overwrite and restarts:
-        raise UserError("--overwrite with torchrun --max-restarts would delete the run at each restart: leave one out")
+    folder, resume = runs.folder(args, config.name), runs.resume(args)
     if args.minutes is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--minutes tries three steps on one rank: with more, set train.steps=…")
-    if not resume and (args.auto_resume or restarts):
-        resume = None  # as there is a run or not: a rank cannot tell whether torchrun has started it before
     goes_on = (folder / "config.yaml").is_file() if resume is None else resume
     steps = None
     if goes_on and not any(override.startswith("train.steps=") for override in args.overrides):
@@ -73,27 +57,9 @@ def run(args: argparse.Namespace) -> int:
         resume=resume,
         resume_step=args.resume_step,
         overwrite=args.overwrite,
-        live=_live(config) if config.train.evaluate_every else None,
+        live=runs.live(config),
     )
-    if not summary:
-        return 0  # rank 0 says the rest
-    try:
-        from openelm.commands.report import write_page
-
-        report = str(write_page(folder))
-    except UserError as error:
-        report = f"not drawn: {error}"
-    if args.json:
-        print(json.dumps({**summary, "run": str(folder), "report": report}, ensure_ascii=False))
-    else:
-        print(_closing_words(summary, folder, report))
-    return 0
-
-
-def _live(config: RunConfig) -> Any:
-    from openelm.evaluate.live import live
-
-    return live(config)
+    return runs.close(summary, folder, as_json=args.json)
 
 
 def _steps_that_fit(config: RunConfig, minutes: float) -> int:
@@ -133,17 +99,6 @@ def _steps_begun(folder: Path) -> int | None:
         return None
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder} cannot be resumed: its config.yaml does not say train.steps ({error})") from error
-
-
-def _closing_words(summary: dict[str, Any], folder: Path, report: str) -> str:
-    lines = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['elapsed_s']:.0f} s", ""]
-    if summary["bits_per_byte"]:
-        lines.append("held-out text, bits per byte (less is better):")
-        lines += [f"  {name:<14} {value:.3f}" for name, value in summary["bits_per_byte"].items()]
-    if "sample" in summary:
-        lines += ["", "the model writes:", "", summary["sample"]["prompt"] + summary["sample"]["text"]]
-    lines += ["", f"report: {report}", f"model:  {folder / 'model'}"]
-    return "\n".join(lines)
 
 
 def _dry_run(config: RunConfig, folder: Path, *, as_json: bool) -> int:

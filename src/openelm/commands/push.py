@@ -10,13 +10,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openelm.errors import UserError
 
 if TYPE_CHECKING:
+    from openelm.interop.source import Source
+    from openelm.model.geometry import ModelConfig
     from openelm.train.checkpoint import Checkpoints
 
 HELP = "Publish a run (model, checkpoints, recipe, logs) or a model folder on the Hugging Face Hub."
@@ -24,7 +27,8 @@ EXAMPLE = "openelm push runs/demo OWNER/demo --private --dry-run"
 RECIPE = ("config.yaml", "environment.json", "data.json")
 LOGS = ("metrics.jsonl", "summary.json", "report")
 # Weights of an earlier push that the new model does not have would be read along with it.
-OUTDATED = ("model*.safetensors", "model.safetensors.index.json")
+ADAPTER = "adapter"  # not at the top, where transformers would take the model for one without weights
+OUTDATED = ("model*.safetensors", "model.safetensors.index.json", f"{ADAPTER}/adapter_*")
 TEXT = {".jsonl", ".json", ".yaml", ".html", ".md", ".txt", ".css"}
 
 
@@ -95,12 +99,14 @@ def is_run(folder: Path) -> bool:
 
 def planned(args: argparse.Namespace, source: Path) -> list[Revision]:
     """All that would be sent, the model first; UserError for what cannot be published."""
+    from openelm.model.folder import refuse_adapter
+
     if is_run(source):
         model = source / "model"
         if not (model / "config.json").is_file():
             raise UserError(
                 f"{source} has no model/ yet: let the run finish (--resume), or make one of its checkpoints with "
-                f"`openelm average {source} --out {model}`"
+                f"`openelm average {source}`, and push that"
             )
         steps = chosen_steps(args.milestones, source)
         logs = run_files(source, with_logs=not args.no_logs)
@@ -111,14 +117,15 @@ def planned(args: argparse.Namespace, source: Path) -> list[Revision]:
             raise UserError(f"--milestones {args.milestones}: {source} is a model folder, which has no checkpoints")
         model, steps, logs = source, [], {}
     else:
+        refuse_adapter(source)
         raise UserError(f"{source} is neither a run folder nor a model folder: give one, and then OWNER/NAME")
     if args.revision in [f"step-{step}" for step in steps]:
         raise UserError(
             f"--revision {args.revision} is the branch of a checkpoint: choose another name for the model's"
         )
     first = planned_model(args, source, model, logs, [f"step-{step}" for step in steps])
-    weights = (".safetensors", ".index.json")
-    beside = {name: size for name, size in first.files.items() if "/" not in name and not name.endswith(weights)}
+    others = ("run/", "model.safetensors", "model-")
+    beside = {name: size for name, size in first.files.items() if not name.startswith(others)}
     return [first, *(planned_milestone(args.repo, source, step, beside) for step in steps)]
 
 
@@ -130,6 +137,7 @@ def planned_model(
     from openelm.environment import DISTRIBUTION
     from openelm.interop.card import UNKNOWN, in_one_line, parse, published_card
     from openelm.interop.source import open_folder
+    from openelm.model.folder import load_config
 
     card = open_folder(model).card or ""
     if in_one_line(parse(card)[0].get("license")) in UNKNOWN:
@@ -139,11 +147,14 @@ def planned_model(
             file=sys.stderr,
         )
     name = args.repo.rpartition("/")[2]
-    contents = in_this_repository(args, logs, milestones, quantized=is_quantized(model))
+    adapter = source / ADAPTER if is_run(source) and (source / ADAPTER).is_dir() else None
+    contents = in_this_repository(args, logs, milestones, quantized=is_quantized(model), adapter=adapter)
     only = "mlx" if is_quantized(model) else ""
 
     def fill(draft: Path) -> None:
         lay_out(model, draft)
+        if adapter is not None:
+            lay_out_adapter(adapter, load_config(model)[0], draft)
         text = published_card(card, name, contents, only=only)
         (draft / "README.md").write_text(without_secrets(text), encoding="utf-8")
         for place, file in logs.items():
@@ -160,20 +171,33 @@ def planned_model(
 
 
 def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int]) -> Revision:
-    """A checkpoint as a model, in the dtype of the run's model and with the small files ``beside`` it."""
+    """A checkpoint as a model, in the dtype of the run's model and with the small files ``beside`` it.
+
+    One of an adapter goes up merged, and by itself too, as the run's model does.
+    """
+    from openelm.interop.adapter import CONFIG
     from openelm.interop.card import milestone_card
     from openelm.interop.source import Source, read_text
     from openelm.model.folder import load_config, write_model
     from openelm.train.checkpoint import open_checkpoint
+    from openelm.tune.adapters import merged
 
     model, path = run / "model", checkpoints(run).path(step)
     config, dtype = load_config(path)[0], load_config(model)[1]
+    base = base_of(path) if (path / CONFIG).is_file() else None
+    if base is not None:
+        base = replace(base, config=config)  # its tokenizer is the run's
+        config = merged(base, path, untie=True).config
 
     def fill(draft: Path) -> None:
         opened = open_checkpoint(path)
-        source = Source(origin=str(path), config=opened.config, dtype=dtype, read=opened.read_weight)
         lay_out(model, draft, weights=False)
-        write_model(draft, opened.config, source.weight, dtype)
+        if base is None:
+            source = Source(origin=str(path), config=opened.config, dtype=dtype, read=opened.read_weight)
+        else:
+            source = merged(base, path, untie=True)
+            lay_out_adapter(path, opened.config, draft)
+        write_model(draft, source.config, source.weight, dtype)
         complete(draft)
         tokens = opened.states()[0].get("tokens")
         card = milestone_card(read_text(model / "README.md") or "", repo.rpartition("/")[2], step, tokens)
@@ -181,6 +205,32 @@ def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int]) -
 
     sizes = {**beside, "model.safetensors": config.num_parameters() * dtype.itemsize}
     return Revision(f"step-{step}", f"Step {step}", sizes, fill, ("*",))
+
+
+def base_of(checkpoint: Path) -> Source:
+    """The model that a checkpoint's adapter belongs to; UserError where it is gone."""
+    from openelm.interop.adapter import read_config
+    from openelm.interop.convert import open_source
+
+    base = read_config(checkpoint)[1]
+    try:
+        return open_source(base)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} holds an adapter, which is published with the model that it belongs to ({error}): put that "
+            "model back, or pass --milestones none"
+        ) from error
+
+
+def lay_out_adapter(folder: Path, config: ModelConfig, draft: Path) -> None:
+    """Write a draft's adapter/ from an adapter's folder; a base that is no name on the Hub tells others nothing."""
+    from openelm.interop.adapter import open_adapter, read_config, read_tensor, write_adapter
+    from openelm.interop.card import hub_id
+
+    adapter, stored = open_adapter(folder, config)
+    (draft / ADAPTER).mkdir()
+    read = partial(read_tensor, folder, stored)
+    write_adapter(draft / ADAPTER, adapter, config, read, hub_id(read_config(folder)[1]), "")
 
 
 def checkpoints(run: Path) -> Checkpoints:
@@ -256,10 +306,22 @@ def is_quantized(model: Path) -> bool:
 
 
 def in_this_repository(
-    args: argparse.Namespace, logs: dict[str, Path], milestones: Sequence[str], *, quantized: bool
+    args: argparse.Namespace,
+    logs: dict[str, Path],
+    milestones: Sequence[str],
+    *,
+    quantized: bool,
+    adapter: Path | None = None,
 ) -> str:
     """What is where, for the card."""
+    branch = "" if args.revision == "main" else f', revision="{args.revision}"'
     lines = [f"- `{args.revision}`: the model."]
+    if adapter is not None:
+        call = f'PeftModel.from_pretrained(base, "{args.repo}", subfolder="{ADAPTER}"{branch})'
+        lines[0] = f"- `{args.revision}`: the model, the adapter merged in."
+        lines.append(
+            f"- `{ADAPTER}/`: the adapter by itself, for peft: `{call}`, where `base` is the model it was trained on."
+        )
     if milestones:
         names = ", ".join(f"`{name}`" for name in milestones)
         lines.append(f'- Checkpoints of the run, each a model: `revision="{milestones[-1]}"` of {names}.')
@@ -267,7 +329,6 @@ def in_this_repository(
         lines.append(f"- `run/`: {', '.join(f'`{Path(place).name}`' for place in logs if place.count('/') == 1)}.")
     if "run/report/index.html" in logs:
         lines.append("- `run/report/`: the run as one page, with its curves.")
-    branch = "" if args.revision == "main" else f', revision="{args.revision}"'
     call = f'AutoModelForCausalLM.from_pretrained("{args.repo}"{branch}, trust_remote_code=True)'
     opens = f'mlx-lm: `mlx_lm.load("{args.repo}"{branch})`' if quantized else f"transformers: `{call}`"
     return f"Opens in {opens}.\n\n" + "\n".join(lines)

@@ -17,11 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def write_page(run: Path) -> Path:
     """The report of a run, with what was evaluated of it."""
+    from openelm.commands.info import tuning_of
     from openelm.evaluate.curves import section
     from openelm.evaluate.results import of_run
     from openelm.report.page import write_report
 
-    return write_report(run, lambda folder: section(of_run(run), folder))
+    adapter = tuning_of(run).get("adapter")
+    trained = adapter["parameters"] if adapter else 0
+    return write_report(run, lambda folder: section(of_run(run), folder), trained)
 
 
 def run(args: argparse.Namespace) -> int:

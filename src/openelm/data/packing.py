@@ -52,9 +52,17 @@ class Batch:
         """The batch that ``as_plain`` gave."""
         return cls(**{name: np.array(rows, dtype=np.int64) for name, rows in plain.items()})
 
-    def valid_tokens(self) -> int:
-        """Targets that count."""
+    def weight(self) -> int:
+        """What the loss, summed over the batch, is divided by: the targets that count."""
         return int((self.targets != IGNORE).sum())
+
+    def size(self) -> int:
+        """Tokens that were read, padding left out."""
+        return self.weight()
+
+    def counted(self) -> int | None:
+        """The number of targets that count, where the model should know it since many do not; here nearly all do."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,9 @@ def read_records(unit: Unit, source: Source) -> Iterator[bytes]:
     else:
         with open_binary(unit.path, max(0, unit.start - 1), unit.end) as file:
             if kind == "text":
-                yield b"".join(_chunks(file, compression, unit.path))
+                yield b"".join(chunks(file, compression, unit.path))
             elif compression:
-                yield from _lines(_chunks(file, compression, unit.path))
+                yield from (line for line in lines_of(chunks(file, compression, unit.path)) if line.strip())
             else:
                 yield from _lines_of_range(file, unit.start, unit.end)
 
@@ -190,7 +190,7 @@ def _stem(path: str) -> tuple[str, str]:
     return name, ""
 
 
-def _format(path: str, head: bytes) -> str:
+def format_of(path: str, head: bytes) -> str:
     """Format of a file from its first bytes where they tell (head is b"" behind a URL), else from its name."""
     stem, compression = _stem(path)
     if head.startswith(b"PAR1") or stem.endswith(PARQUET_ENDING):
@@ -209,7 +209,7 @@ def _format(path: str, head: bytes) -> str:
 def _units_of_file(path: str, size: int, source: Source) -> list[Unit]:
     # The text of a folder may be a hundred thousand small files: their names are trusted, not opened.
     head = b"" if path.lower().endswith(TEXT_ENDINGS) else peek(path)
-    kind = _format(path, head)
+    kind = format_of(path, head)
     if kind == "parquet":
         return _parquet_units(path, size, source)
     if kind == "jsonl":
@@ -263,21 +263,21 @@ def _lines_of_range(file: BufferedReader, start: int, end: int | None) -> Iterat
             yield line.rstrip(b"\n")
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines of a stream, blank ones left out. Parts of a long line are joined once, at its end."""
+def lines_of(parts_of_file: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of a stream, blank ones too. Parts of a long line are joined once, at its end."""
     parts: list[bytes] = []
-    for chunk in chunks:
+    for chunk in parts_of_file:
         first, *others = chunk.split(b"\n")
         parts.append(first)
         if others:
-            lines = (b"".join(parts), *others[:-1])
+            yield b"".join(parts)
+            yield from others[:-1]
             parts = [others[-1]]
-            yield from (line for line in lines if line and not line.isspace())
-    if (line := b"".join(parts)) and not line.isspace():
+    if line := b"".join(parts):
         yield line
 
 
-def _chunks(file: BufferedReader, compression: str, path: str) -> Iterator[bytes]:
+def chunks(file: BufferedReader, compression: str, path: str) -> Iterator[bytes]:
     """Content of a file in parts of bounded size. CorruptFile when compressed data are damaged or cut short."""
     if compression == "gz":
         return _gzip_chunks(file, path)

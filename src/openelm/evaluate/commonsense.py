@@ -1,4 +1,4 @@
-"""The eight commonsense sets of LLM-Adapters (Table 6) as lm-eval tasks, and the text that models are tuned on.
+"""The eight commonsense sets of LLM-Adapters (Table 6) as lm-eval tasks.
 
 A set is a JSON list of {instruction, input, output, answer}. The answers to choose from stand at the end of the
 instruction ("Answer format: true/false"). As in CoreNet, the likeliest of them wins: nothing is generated. All
@@ -8,10 +8,11 @@ continuations of a question are equally long but for BoolQ's, so acc and acc_nor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openelm.data import records
+from openelm.data.instructions import prompt
 from openelm.errors import UserError
 from openelm.evaluate import task_data
 from openelm.evaluate.suites import Spec
@@ -29,26 +30,6 @@ SETS = {  # task: the set's name in LLM-Adapters
 # The revision that CoreNet names.
 SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a"
 VERSION = 1.0
-
-# White space is part of the format: published adapters have seen exactly this.
-_GAP = "\n                "
-_PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request. \n"
-)
-
-
-def prompt(example: Mapping[str, str]) -> str:
-    """What precedes the response, in training and in evaluation."""
-    given = example.get("input") or ""
-    head = (_WITH_INPUT if given else _PLAIN) + f"{_GAP}### Instruction:{_GAP}{example['instruction']}{_GAP}"
-    return head + (f"{_GAP}### Input:{_GAP}{given}{_GAP}" if given else "") + f"{_GAP}### Response:{_GAP}"
-
-
-def training_text(example: Mapping[str, str]) -> str:
-    """Prompt and response together, as a model is tuned on them."""
-    return prompt(example) + example["output"]
 
 
 def continuations(instruction: str) -> list[str]:
@@ -102,7 +83,7 @@ def find(task: str, data: Path | None) -> Path:
 def read(path: Path) -> list[dict[str, Any]]:
     """Contexts, continuations and right answers of a set; UserError naming file and column, or record."""
     documents = []
-    for number, record in enumerate(task_data.records(path), start=1):
+    for number, record in enumerate(records.read(str(path)), start=1):
         for column in ("instruction", "answer"):
             if not isinstance(record.get(column), str):
                 raise UserError(f"{path}: record {number} has no text in the column {column!r}, which the task needs")

@@ -22,9 +22,10 @@ from openelm.model.transformer import OpenELM
 from openelm.train.loop import Probe
 from openelm.train.parallel import World, gathered
 from openelm.train.probes import evaluating
+from openelm.tuning_config import TuneConfig
 
 
-def live(config: RunConfig) -> Callable[[World, Tokenizer], Probe] | None:
+def live(config: RunConfig | TuneConfig) -> Callable[[World, Tokenizer], Probe] | None:
     """A probe of ``train.evaluate_tasks`` every ``train.evaluate_every`` steps and after the last; None without any.
 
     The tasks are loaded here, so that what cannot be had is said before the first step.

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.evaluate.results import Evaluation, digest
+from openelm.interop import adapter as peft_files
+from openelm.interop.convert import open_source
 from openelm.interop.hub import TOKENIZER_FILES, model_path, tokenizer_help, tokenizer_path
+from openelm.interop.source import Source, read_text
 from openelm.model.folder import find_model_folder, load_config
+from openelm.model.geometry import ModelConfig
 from openelm.model.stored import StoredTensors, safetensors_files
+from openelm.model.transformer import OpenELM
 
 # What other models keep beside their parameters.
 BUFFERS = ("attention.bias", ".attn.bias", "masked_bias", "inv_freq")
@@ -31,6 +40,13 @@ class Subject:
     label: str  # in tables
     results: Path  # to which what distinguishes one evaluation from another is added
     about: dict[str, Any] = field(default_factory=dict)  # step, averaged, tokens
+    run: Path | None = None  # that it is of, or the base of: for what its folder lacks
+    cards: tuple[Path, ...] = ()  # that may say what was measured: of models of one's own
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter only, as checkpoints of a run that trains one do."""
+        return (self.folder / peft_files.CONFIG).is_file() and not any(self.folder.glob("model*.safetensors"))
 
     @property
     def is_openelm(self) -> bool:
@@ -44,20 +60,26 @@ class Subject:
 
     def begun(self, dtype: str, engine: str, tokenizer: Path | None, environment: dict[str, Any]) -> Started:
         """What an earlier evaluation has measured of the same model and tokenizer in this dtype, or nothing yet."""
-        weights = safetensors_files(self.folder, "model")
+        weights = _adapter_files(self.folder) if self.is_adapter else safetensors_files(self.folder, "model")
         words = [file for file in _tokenizer_files(tokenizer or self.folder) if file.is_file()]
         about = {"origin": self.origin, "label": self.label, "dtype": dtype, "engine": engine, **self.about}
         if self.folder.parent.name == "snapshots":  # of the Hub's cache
             about["revision"] = self.folder.name
         about["digest"] = digest([self.folder / "config.json", *weights, *words])
         if self.is_openelm:
-            about["parameters"] = load_config(self.folder)[0].num_parameters()
+            about["parameters"] = self._geometry().num_parameters()
         else:
             shapes = StoredTensors(weights).shapes.items()
             about["parameters"] = sum(math.prod(shape) for name, shape in shapes if not name.endswith(BUFFERS))
         kind = f"{about['digest'][:8]}-{dtype}{'' if engine == 'openelm' else f'-{engine}'}"
         path = self.results.with_name(f"{self.results.stem}.{kind}.json")
         return Started(path, Evaluation.load(path) if path.is_file() else Evaluation(about, environment))
+
+    def _geometry(self) -> ModelConfig:
+        config = load_config(self.folder)[0]
+        if self.is_adapter and peft_files.changes_output(peft_files.read_config(self.folder)[0], config):
+            return config.changed(share_input_output_layers=False)  # as it is merged
+        return config
 
 
 @dataclass(frozen=True)
@@ -82,11 +104,17 @@ def find(reference: str, out: Path | None) -> list[Subject]:
     path = model_path(reference)
     if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
         return _of_run(path, reference, out or path / "evaluation")
-    folder = find_model_folder(path)
+    checkpoint = all((path / name).is_file() for name in ("config.json", "manifest.json"))
+    # A checkpoint may be of an adapter, whose run knows the rest; an adapter by itself is refused.
+    folder = path if checkpoint else find_model_folder(path)
     label = re.sub(r"[^\w.-]+", "-", reference.strip("/")).strip("-.") or "model"
     step = STEP.fullmatch(folder.name)
     about = {"step": int(step[1])} if step else {}
-    return [Subject(folder, reference, label, (out or Path("evaluations")) / f"{label}.json", about)]
+    results = (out or Path("evaluations")) / f"{label}.json"
+    if checkpoint:
+        return [Subject(folder, reference, label, results, about, run=folder.resolve().parent.parent)]
+    cards = (folder / "README.md",) if Path(reference).exists() else ()  # what the Hub's cache holds stays as it is
+    return [Subject(folder, reference, label, results, about, cards=cards)]
 
 
 def _of_run(run: Path, reference: str, out: Path) -> list[Subject]:
@@ -98,15 +126,33 @@ def _of_run(run: Path, reference: str, out: Path) -> list[Subject]:
             f"{run.name}, step {step:,}",
             out / f"{path.name}.json",
             {"step": step, **_tokens(path)},
+            run,
         )
         for step, path in sorted(steps.items())
     ]
     if (run / "model" / "config.json").is_file():
         about = {"averaged": (run / "model-last").is_dir(), **(subjects[-1].about if subjects else {})}
-        subjects.append(Subject(run / "model", reference, run.resolve().name, out / "model.json", about))
+        cards = tuple(run / kind / "README.md" for kind in ("model", "adapter") if (run / kind).is_dir())
+        subjects.append(Subject(run / "model", reference, run.resolve().name, out / "model.json", about, run, cards))
     if not subjects:
         raise UserError(f"{run} has neither checkpoints nor a model yet: let the run go on")
-    return subjects
+    return [*_base(run, out), *subjects]
+
+
+def _base(run: Path, out: Path) -> list[Subject]:
+    """The model that a tuning run began from, where it is one that can be measured beside it, as its step 0."""
+    try:
+        origin = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"].get("path")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return []
+    if not isinstance(origin, str):
+        return []
+    try:
+        folder = find_model_folder(model_path(origin))
+    except UserError as error:
+        print(f"{run}: the model that it began from is not measured: {error}", file=sys.stderr)
+        return []
+    return [Subject(folder, origin, f"{run.name}, base", out / "base.json", {"step": 0, "tokens": 0}, run)]
 
 
 def _tokens(checkpoint: Path) -> dict[str, int]:
@@ -126,19 +172,61 @@ def find_tokenizer(subject: Subject, given: str | None) -> Path | None:
         return tokenizer_path(given)
     if any((subject.folder / name).is_file() for name in TOKENIZER_FILES[:2]) or not subject.is_openelm:
         return None
-    of_run = subject.folder.parent.parent / "tokenizer"
+    of_run = (subject.run or subject.folder.parent.parent) / "tokenizer"
     if not of_run.is_dir():
         raise UserError(tokenizer_help(subject.origin))
     return of_run
 
 
-def open_engine(subject: Subject, *, dtype: torch.dtype | None, device: str | None, tokenizer: Path | None) -> Any:
-    """Our engine, and the text of the model's chat template; UserError for a device that cannot be used."""
-    from openelm.infer.engine import Engine
+def open_engine(
+    subject: Subject,
+    *,
+    dtype: torch.dtype | None,
+    device: str | None,
+    tokenizer: Path | None,
+    merge: Callable[[Source, Path], Source],
+) -> Any:
+    """Our engine, and the text of the model's chat template; UserError for a device that cannot be used.
 
-    template = subject.folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else None
-    return Engine.load(subject.folder, dtype=dtype, device=device, tokenizer=tokenizer), text
+    ``merge`` puts the adapter of a folder into its base, in memory.
+    """
+    from openelm.infer.engine import Engine, checked_device, native_dtype
+
+    places = [subject.folder, *([subject.run / "model"] if subject.run and "step" in subject.about else [])]
+    text = next((found for place in places if (found := read_text(place / "chat_template.jinja"))), None)
+    if not subject.is_adapter:
+        return Engine.load(subject.folder, dtype=dtype, device=device, tokenizer=tokenizer), text
+    device_ = checked_device(device)
+    source = merge(open_source(_base_of(subject.folder)), subject.folder)
+    with torch.device("meta"):
+        model = OpenELM(source.config)
+    model = model.to(dtype or native_dtype(torch.float32, device_)).to_empty(device=device_)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(source.weight(name))
+    return Engine(model.eval().requires_grad_(False), Tokenizer.load(tokenizer or subject.folder)), text
+
+
+def _base_of(adapter: Path) -> str:
+    """What an adapter belongs to; UserError where that is not there."""
+    base = peft_files.read_config(adapter)[1]
+    try:
+        if not base:
+            raise UserError("it does not say of which")
+        if not model_path(base).exists():
+            raise UserError(f"there is no {base}")
+    except UserError as error:
+        raise UserError(
+            f"{adapter} holds an adapter, which is measured with the model that it belongs to ({error}): put that "
+            "model back, or measure the run's model/"
+        ) from error
+    return base
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    """All that decides what an adapter computes: its own files, and the weights of its base."""
+    base = model_path(_base_of(folder))
+    weights = safetensors_files(find_model_folder(base), "model") if base.is_dir() else [base]
+    return [folder / peft_files.CONFIG, *safetensors_files(folder, peft_files.STEM), *weights]
 
 
 def open_transformers(
@@ -150,6 +238,11 @@ def open_transformers(
     with quiet():
         from lm_eval.models.huggingface import HFLM
     if subject.is_openelm:
+        if subject.is_adapter:
+            raise UserError(
+                f"{subject.folder} holds an adapter, which --engine transformers does not measure: leave the option "
+                "out, or merge it with `openelm merge`"
+            )
         import openelm.interop.huggingface  # noqa: F401 (makes the Auto classes know OpenELM)
     return HFLM(
         pretrained=str(subject.folder),

@@ -7,7 +7,6 @@ SPLIT-00000-of-00002.parquet, are read in the order of their names, so a dataset
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from openelm.data import records
 from openelm.data.backends import is_passing
 from openelm.errors import UserError
 
@@ -62,7 +62,7 @@ class Splits(Mapping[str, Any]):
             )
         self.latest = files[0]
         if split not in self._read:
-            self._read[split] = dataset([record for file in files for record in records(file)], files[0])
+            self._read[split] = dataset([record for file in files for record in records.read(str(file))], files[0])
         return self._read[split]
 
     def __iter__(self) -> Iterator[str]:
@@ -70,38 +70,6 @@ class Splits(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file: JSON lines, a JSON list, Parquet; UserError naming the file, and the line."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return list(pyarrow.parquet.read_table(path).to_pylist())
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            rows: list[tuple[int, Any]] = [(0, row) for row in json.loads(text)]
-        else:
-            rows = [(n, _json(path, n, line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
-        raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): mend it, or fetch it again"
-        ) from error
-    for number, row in rows:
-        if not isinstance(row, dict):
-            where = f"line {number}" if number else "an entry"
-            raise UserError(f"{path}: {where} is no JSON object: each record is one, with the columns as keys")
-    return [row for _, row in rows]
-
-
-def _json(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}: line {number} is no JSON ({error}): mend it, or fetch the file again") from error
 
 
 def dataset(rows: list[dict[str, Any]], path: Path | None = None) -> Any:

@@ -166,19 +166,27 @@ class Engine:
         device, model = self.device, self.model
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        # A row is filled up with its own first token: padding then adds nothing to the tokens it has seen.
-        rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
-        tokens_BT = torch.tensor(rows, device=device)
         lengths_B = torch.tensor(lengths, device=device)
         pads_B = longest - lengths_B if min(lengths) < longest else None
+        # Samples of one prompt have its keys and values in common, which are computed once.
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        which_B = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+        # A row is filled up with its own first token: padding then adds nothing to the tokens it has seen.
+        rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in places]
+        tokens_UT = torch.tensor(rows, device=device)
+        pads_U = None if pads_B is None else longest - torch.tensor([len(prompt) for prompt in places], device=device)
         seeds_B = torch.tensor(seeds, dtype=torch.int64, device=device)
-        kv = Cache(model.config, len(rows), longest + steps - 1, dtype=model.output_weight.dtype, device=device)
         # An embedding is often wider than the vocabulary; what only fills it up is never chosen.
         V = self.tokenizer.vocab_size
         seen_BV = None
         if sampling.repetition_penalty != 1:
-            seen_BV = torch.zeros(len(rows), V, dtype=torch.bool, device=device).scatter_(1, tokens_BT, True)
-        logits_BV = prefill(model, tokens_BT, kv, pads_B)
+            seen_BV = torch.zeros(len(prompts), V, dtype=torch.bool, device=device)
+            seen_BV.scatter_(1, tokens_UT[which_B], True)
+        dtype = model.output_weight.dtype
+        kv = Cache(model.config, len(rows), longest + steps - 1, dtype=dtype, device=device)
+        logits_BV = prefill(model, tokens_UT, kv, pads_U)[which_B]
+        if len(rows) < len(prompts):
+            kv = kv.repeated(which_B)
         for step in range(steps):
             tokens_B = next_tokens(
                 logits_BV[:, :V], sampling, seeds_B=seeds_B, positions_B=lengths_B + step, seen_BV=seen_BV

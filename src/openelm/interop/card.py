@@ -21,6 +21,7 @@ from openelm.interop.hub import HUB_ID
 if TYPE_CHECKING:
     from openelm.config import RunConfig
     from openelm.interop.source import Source
+    from openelm.tuning_config import TuneConfig
 
 Metadata = dict[str, Any]
 
@@ -40,6 +41,9 @@ IN_WORDS = {
     APPLE_LICENCE: "Apple's model licence for research: for research only, for no product and nothing commercial; "
     "whoever passes the weights on passes the licence on",
 }
+TUNED_RISKS = """\
+What its examples did not teach it has from its base model, mistakes and prejudices included; nothing was done to make
+it safe. Test it for your use before anyone relies on it."""
 RISKS = """\
 A base model: it continues text and was not tuned to follow instructions or to be safe. It repeats what its data holds,
 mistakes and prejudices included. Test it for your use before anyone relies on it."""
@@ -79,8 +83,10 @@ def converted_card(source: Source, *, library: str = "transformers", quantize: s
     origin = hub_id(source.origin)
     metadata = {"license": "unknown", **_inherited(old, origin)}
     metadata |= {key: old[key] for key in KEPT if old.get(key)}
-    if quantize or source.quantized:
+    if quantize or source.quantized or source.adapter:
         metadata.pop("model-index", None)  # what was measured was another model
+    if source.adapter:
+        body = _section(MEASURED).sub("", body)
     base = in_one_line(metadata.get("base_model"))
     metadata |= {"library_name": library, "pipeline_tag": "text-generation", "tags": _tags(old.get("tags"))}
     name = (origin or source.origin).rstrip("/").rpartition("/")[2]
@@ -90,9 +96,10 @@ def converted_card(source: Source, *, library: str = "transformers", quantize: s
             "risks and limitations are not known here."
         )
     whose = f"[{base}]({HUB}/{base})" if HUB_ID.fullmatch(base) else f"`{name}`"
+    merged = f"with the adapter `{source.adapter}` merged in, " if source.adapter else ""
     notes = [*_bullets(section(body, CONVERTED)), *(f"- {' '.join(note.split())}" for note in source.notes)]
     text = (
-        f"The weights are those of {whose}{', quantised,' if source.quantized else ''} "
+        f"The weights are those of {whose}{', quantised,' if source.quantized else ''} {merged}"
         f"{f'quantised to {quantize}' if quantize else 'written in another layout'} by {DISTRIBUTION} {__version__}. "
         f"{_licence(metadata)}"
     )
@@ -125,11 +132,45 @@ def trained_card(
         licence = f"The run began from {base or f'`{Path(start).name}`'}. {_licence(metadata)}"
     data = "\n".join(f"- {source.name}: `{source.path}`, share {source.share:g}" for source in config.data.sources)
     score = "Not measured." if bits_per_byte is None else f"{bits_per_byte:.3f} bits per byte on held-out text."
-    body = f"""\
-# {config.name}
+    what = (
+        f"An OpenELM language model with layer-wise scaling, {parameters:,} parameters, trained for {steps:,} steps "
+        f"on\n{tokens:,} tokens with {DISTRIBUTION} {__version__}."
+    )
+    return render(metadata, _body(config.name, what, licence, data, score, RISKS))
 
-An OpenELM language model with layer-wise scaling, {parameters:,} parameters, trained for {steps:,} steps on
-{tokens:,} tokens with {DISTRIBUTION} {__version__}.
+
+def tuned_card(
+    config: TuneConfig, *, steps: int, tokens: int, score: dict[str, float], base_card: str | None = None
+) -> str:
+    """The card of a tuning run's model, or adapter; ``score`` on held-out examples, where there were any.
+
+    ``base_card`` is that of the model which the run began from: its licence and base model are carried over.
+    """
+    origin = config.model.path
+    metadata = _inherited(parse(base_card or "")[0], hub_id(origin))
+    base = in_one_line(metadata.get("base_model"))
+    if datasets := sorted({found[1] for s in config.data.sources if (found := _DATASET.match(s.path))}):
+        metadata["datasets"] = datasets
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(OURS)}
+    how = "fine-tuned" if config.preference is None else f"tuned on preferences ({config.preference.loss} loss)"
+    if config.adapter is not None:
+        how += f" with {config.adapter.kind}, r {config.adapter.r}, on {', '.join(config.adapter.targets)},"
+    what = (
+        f"{base or f'`{Path(origin).name}`'}, {how} for {steps:,} steps on {tokens:,} tokens with {DISTRIBUTION}\n"
+        f"{__version__}."
+    )
+    licence = f"The run began from {base or f'`{Path(origin).name}`'}. {_licence(metadata)}"
+    data = "\n".join(f"- {source.name}: `{source.path}`, as {source.format}" for source in config.data.sources)
+    measured = [f"{name.replace('_', ' ')} {score[name]:.3f}" for name in ("loss", "accuracy") if name in score]
+    text = f"On held-out examples: {', '.join(measured)}." if measured else "Not measured."
+    return render(metadata, _body(config.name, what, licence, data, text, TUNED_RISKS))
+
+
+def _body(name: str, what: str, licence: str, data: str, score: str, risks: str) -> str:
+    return f"""\
+# {name}
+
+{what}
 
 ## Licence
 {licence}
@@ -141,9 +182,8 @@ An OpenELM language model with layer-wise scaling, {parameters:,} parameters, tr
 {score}
 
 ## Bias, risks and limitations
-{RISKS}
+{risks}
 """
-    return render(metadata, body)
 
 
 def published_card(card: str, name: str, contents: str, *, only: str = "") -> str:

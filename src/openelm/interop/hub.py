@@ -33,6 +33,8 @@ MODEL_FILES = (
     # Of other models, which are measured beside ours.
     *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
+_OF_ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "chat_template.jinja")
+ADAPTER_FILES = (*_OF_ADAPTER, *(f"adapter/{name}" for name in _OF_ADAPTER))  # at the top, or as `openelm push` has it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # All carry LLaMA's own SentencePiece model of 32,000 ids, with which OpenELM was trained: the files are equal.
@@ -77,9 +79,19 @@ def download_tokenizer(reference: str) -> Path:
     return _snapshot(reference, TOKENIZER_FILES, _check_tokenizer)
 
 
+def download_adapter(reference: str) -> Path:
+    """A folder with the adapter of a repository, or with its adapter/, and nothing else; UserError as ``download``."""
+    return _snapshot(reference, ADAPTER_FILES, _check_adapter)
+
+
 def model_path(reference: str) -> Path:
     """The path itself where there is one, else the downloaded folder of a repository on the Hub."""
     return _here_or(download, reference)
+
+
+def adapter_path(reference: str) -> Path:
+    """As ``model_path``, of an adapter's folder or a run's."""
+    return _here_or(download_adapter, reference)
 
 
 def tokenizer_path(reference: str) -> Path:
@@ -111,14 +123,15 @@ def _snapshot(reference: str, wanted: tuple[str, ...], check: Callable[[str, lis
     repo, revision = split_reference(reference)
     with errors_named(repo, revision):
         api = _api()
-        patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": ["*/*"]}
+        flat = not any("/" in pattern for pattern in wanted)
+        patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": ["*/*"] if flat else None}
         try:
             info = api.model_info(repo, revision=revision, timeout=ANSWER_S, files_metadata=True)
         except Exception as error:
             if not is_passing(error):
                 raise
             folder = _cached(api, repo, revision, patterns, error)
-            check(reference, [file.name for file in folder.iterdir()])
+            check(reference, [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()])
             return folder
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         check(reference, list(sizes))
@@ -147,13 +160,18 @@ def _cached(api: HfApi, repo: str, revision: str | None, patterns: dict[str, Any
 
 
 def _is_wanted(name: str, wanted: tuple[str, ...]) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in wanted)
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in wanted)
 
 
 def _check_model(reference: str, names: list[str]) -> None:
     """UserError where these files hold no model, or only one that runs code when it is opened."""
     if any(_is_wanted(name, ("*.safetensors",)) for name in names) and "config.json" in names:
         return
+    if "adapter_config.json" in names:
+        raise UserError(
+            f"{reference} is an adapter, and no model by itself: make one with `openelm merge MODEL {reference} OUT`, "
+            "where MODEL is the one that it was trained on"
+        )
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise UserError(
             f"{reference} has its weights in {pickles[0]} only, and PyTorch's pickles can execute code when they are "
@@ -169,6 +187,20 @@ def _check_tokenizer(reference: str, names: list[str]) -> None:
         raise UserError(
             f"{reference} has neither tokenizer.model nor tokenizer.json: take {OPEN_TOKENIZERS[0]}, or give a path"
         )
+
+
+def _check_adapter(reference: str, names: list[str]) -> None:
+    for place in ("", "adapter/"):
+        if f"{place}adapter_config.json" in names:
+            if any(_is_wanted(name, (f"{place}adapter_model*.safetensors",)) for name in names):
+                return
+            raise UserError(
+                f"{reference} has an adapter_config.json, but no adapter_model.safetensors: have its maker save it so "
+                "(peft: save_pretrained with safe_serialization=True)"
+            )
+    raise UserError(
+        f"{reference} has no adapter_config.json, at its top or in adapter/, so it is no adapter: check the name"
+    )
 
 
 def _check_room(reference: str, repo: str, commit: str | None, sizes: dict[str, int]) -> None:

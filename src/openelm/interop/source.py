@@ -37,6 +37,7 @@ class Source:
     licence: str | None = None  # text of its LICENSE file
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
+    adapter: str = ""  # name of one that was merged in: the model is then another than its card says
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,13 @@ class Cache:
         self.keys[layer][:, :, self.length : end] = k_BGTK
         self.values[layer][:, :, self.length : end] = v_BGTK
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def repeated(self, which_B: Tensor) -> Cache:
+        """A cache of the rows named, a row as often as it is named."""
+        cache = copy(self)
+        cache.keys = [keys_BGSK[which_B] for keys_BGSK in self.keys]
+        cache.values = [values_BGSK[which_B] for values_BGSK in self.values]
+        return cache
 
     def num_bytes(self) -> int:
         """Bytes allocated."""

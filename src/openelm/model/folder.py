@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -94,12 +95,26 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
 
 
 def find_model_folder(path: Path) -> Path:
-    """``path`` itself where it is a model folder, ``path/model`` where it is a run folder."""
+    """``path`` itself where it is a model folder, ``path/model`` where it is a run folder; UserError otherwise."""
     for folder in (path, path / "model"):
+        refuse_adapter(folder)
         if (folder / "config.json").is_file():
             return folder
     reason = "has no config.json, and no model/ with one" if path.is_dir() else "is not a folder"
     raise UserError(f"{path} {reason}: give a model folder, or a run folder whose model/ is written")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """UserError where a folder holds an adapter and no model, with the command that makes one of it."""
+    file = folder / "adapter_config.json"
+    if not file.is_file() or any(folder.glob("model*.safetensors")):  # a whole model may have an adapter beside it
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base = None
+    command = shlex.join(["openelm", "merge", base if isinstance(base, str) and base else "MODEL", str(folder), "OUT"])
+    raise UserError(f"{folder} is an adapter, and no model by itself: make one with `{command}`, and give OUT")
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:

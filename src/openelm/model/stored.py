@@ -163,6 +163,17 @@ class StoredTensors:
         weight, scales, biases = (self._read(part, first_row, rows) for part in _triple(name))
         return dequantize(Quantized(weight, scales, biases, packing.bits, packing.group_size))
 
+    def raw(self, name: str) -> Tensor | Quantized:
+        """A whole tensor as it is stored. What is not cut stands on the file's own pages: it is not to be written to."""
+
+        def whole(part: str) -> Tensor:
+            pieces = self._pieces[part]
+            return self._mapped(pieces[0]) if len(pieces) == 1 else self._read(part, 0, None)
+
+        if (packing := self._packings.get(name)) is None:
+            return whole(name)
+        return Quantized(*map(whole, _triple(name)), packing.bits, packing.group_size)
+
     def _read(self, name: str, first_row: int, rows: int | None) -> Tensor:
         """The same for a tensor as it is stored."""
         shape, pieces = self._pieces[name][0].whole, self._pieces[name]

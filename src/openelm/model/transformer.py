@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model_dim, H query heads, G key/value heads, K head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, overload
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from openelm.model.cache import Cache
 from openelm.model.functional import rms_norm, rotate, swiglu
 from openelm.model.geometry import ModelConfig
-from openelm.model.loss import fused_cross_entropy
+from openelm.model.loss import fused_cross_entropy, target_log_probs
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -39,13 +39,26 @@ def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, T
     return angles.cos(), angles.sin()
 
 
+def attend(
+    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None, *, causal: bool, repeat: bool
+) -> Tensor:
+    """Attention of H query heads to G key/value heads; ``repeat`` writes the latter down H times, with the same result.
+
+    On CUDA, groups together with a mask are left to a kernel that keeps all scores; alike heads go to the fused one.
+    """
+    H, G = q_BHTK.shape[1], k_BGTK.shape[1]
+    if repeat and H != G:
+        k_BGTK, v_BGTK = (x_BGTK.repeat_interleave(H // G, dim=1) for x_BGTK in (k_BGTK, v_BGTK))
+    grouped = k_BGTK.shape[1] != H
+    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised queries and keys."""
 
     def __init__(self, model_dim: int, query_heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
         super().__init__()
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
-        self.grouped = query_heads != kv_heads
         self.qkv_proj = nn.Linear(model_dim, (query_heads + 2 * kv_heads) * head_dim, bias=False)
         self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
@@ -63,9 +76,7 @@ class Attention(nn.Module):
         causal = mask is None and q_BHTK.shape[2] > 1
         if cache is not None:
             k_BGTK, v_BGTK = cache.append(layer, k_BGTK, v_BGTK)
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
-        )
+        out_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, repeat=mask is not None and x_BTD.is_cuda)
         return self.out_proj(out_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -127,6 +138,9 @@ class OpenELM(nn.Module):
         self.norm = RMSNorm(config.model_dim)
         if not config.share_input_output_layers:
             self.classifier = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        # Does to another blank model what has been done to this one since (adapters built in), for those who make one
+        # to hold the same weights.
+        self.adapt: Callable[[OpenELM], None] | None = None
 
     def checkpoint_activations(self, which: Checkpointing) -> None:
         """What the backward pass computes again instead of keeping: nothing, the FFNs (which are most), or all."""
@@ -175,11 +189,25 @@ class OpenELM(nn.Module):
 
     @overload
     def forward(
-        self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None, *, z_loss_weight: float
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Tensor | None = None,
+        *,
+        z_loss_weight: float,
+        counted: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        log_probs: bool = False,
+        counted: int | None = None,
+    ) -> Tensor: ...
 
     def forward(
         self,
@@ -188,17 +216,25 @@ class OpenELM(nn.Module):
         segments: Tensor | None = None,
         *,
         z_loss_weight: float | None = None,
+        log_probs: bool = False,
+        counted: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V); with ``targets`` (B, T; -100 is ignored) the summed cross-entropy in nats.
 
         With ``z_loss_weight`` too, the pair (cross-entropy + weighted z-loss, the z-loss in it), summed over valid
-        targets. The loss is computed here, chunk by chunk, so that all logits never exist at once.
+        targets; with ``log_probs`` instead, each target's log-probability (B, T) in fp32, 0 where it is ignored. All
+        are computed here, chunk by chunk, so that all logits never exist at once. ``counted`` is how many targets are
+        valid, where the caller knows it and they are few: no others' logits are made then.
         """
         x_BTD = self.hidden(tokens, segments_BT=segments)
         if targets is None:
+            assert not log_probs, "log-probabilities of which targets?"
             return F.linear(x_BTD, self.output_weight)
+        if log_probs:
+            log_p_N = target_log_probs(x_BTD.flatten(0, 1), self.output_weight, targets.flatten(), counted)
+            return log_p_N.view_as(targets)
         total, z_loss = fused_cross_entropy(
-            x_BTD.flatten(0, 1), self.output_weight, targets.flatten(), z_loss_weight or 0.0
+            x_BTD.flatten(0, 1), self.output_weight, targets.flatten(), z_loss_weight or 0.0, counted
         )
         return total if z_loss_weight is None else (total, z_loss)
 

@@ -52,6 +52,17 @@ class Curve:
     size: tuple[float, float] = WIDE
 
 
+@dataclass(frozen=True)
+class Line:
+    """One of several curves in one picture; `errors` are standard errors, drawn as bars."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float] = ()
+    smooth: bool = False
+
+
 def require_matplotlib() -> None:
     """Refuse early, and with the remedy, when the optional plotting library is missing."""
     try:
@@ -65,24 +76,59 @@ def require_matplotlib() -> None:
 def draw_curve(curve: Curve, theme: Theme) -> bytes:
     """Draw a line along the run; where the values scatter, pale under their running mean."""
     figure, axes = _axes(curve.size, theme, curve.title)
-    if curve.smooth and len(curve.y) >= 8:
-        axes.plot(curve.x, curve.y, color=theme.accent, alpha=0.28, linewidth=0.9)
-        axes.plot(curve.x, running_mean(curve.y), color=theme.accent, linewidth=1.8)
-    else:
-        # A lone value makes no line: it is seen as a dot.
-        marker = "o" if curve.markers or len(curve.y) == 1 else ""
-        axes.plot(curve.x, curve.y, color=theme.accent, linewidth=1.8, marker=marker, markersize=3.5)
-    axes.margins(x=0.02, y=0.10)
-    axes.set_xlim(left=0)  # one origin for all curves of a run
+    _draw_line(axes, curve.x, curve.y, theme.accent, smooth=curve.smooth, markers=curve.markers)
     if curve.from_zero:
         axes.set_ylim(bottom=0)
     _draw_references(axes, curve.references, theme)
-    axes.set_xlabel(curve.x_label, color=theme.muted)
+    _label_along(axes, curve.x_label, theme)
+    return _png(figure, theme)
+
+
+def draw_lines(title: str, lines: Sequence[Line], x_label: str, theme: Theme, level: float | None = None) -> bytes:
+    """Draw up to three curves in one picture, named at its top right; `level` is a dashed line to compare with."""
+    figure, axes = _axes(WIDE, theme, title)
+    for line, colour in zip(lines, (theme.accent, theme.second, theme.muted), strict=False):
+        if len(line.errors):
+            axes.errorbar(line.x, line.y, line.errors, color=colour, fmt="none", elinewidth=1.2, capsize=2)
+        _draw_line(axes, line.x, line.y, colour, smooth=line.smooth, markers=not line.smooth, label=line.label)
+    if level is not None:
+        axes.axhline(level, color=theme.muted, linewidth=0.9, linestyle=(0, (4, 3)))
+    _label_along(axes, x_label, theme)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=len(lines), fontsize=8.5, frameon=False,
+        labelcolor=theme.muted, handlelength=1.2, columnspacing=1.2, borderaxespad=0.2,
+    )  # fmt: skip
+    return _png(figure, theme)
+
+
+def _draw_line(
+    axes: Any,
+    x: Sequence[float],
+    y: Sequence[float],
+    colour: str,
+    *,
+    smooth: bool = False,
+    markers: bool = False,
+    label: str | None = None,
+) -> None:
+    if smooth and len(y) >= 8:
+        axes.plot(x, y, color=colour, alpha=0.28, linewidth=0.9)
+        axes.plot(x, running_mean(y), color=colour, linewidth=1.8, label=label)
+    else:
+        # A lone value makes no line: it is seen as a dot.
+        marker = "o" if markers or len(y) == 1 else ""
+        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+    axes.margins(x=0.02, y=0.10)
+    axes.set_xlim(left=0)  # one origin for all curves of a run
+
+
+def _label_along(axes: Any, x_label: str, theme: Theme) -> None:
+    """Few ticks with short numbers, and what the run is measured by."""
+    axes.set_xlabel(x_label, color=theme.muted)
     axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.xaxis.get_major_locator().set_params(nbins=5)
     axes.yaxis.get_major_locator().set_params(nbins=5)
-    return _png(figure, theme)
 
 
 def _draw_references(axes: Any, references: Mapping[str, float], theme: Theme) -> None:

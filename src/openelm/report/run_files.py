@@ -28,9 +28,28 @@ class RunFiles:
     environment: Record
     summary: Record
     records: list[Record]
+    account: Record  # of a tuning run: what became of the records of its examples
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the run tunes a model that was there, and pre-trains none."""
+        return "path" in section(self.config, "model")
+
+    @property
+    def answers(self) -> bool:
+        """Whether the run's model answers its prompts, instead of going on with them."""
+        sources = section(self.config, "data").get("sources")
+        first = sources[0] if self.tunes and isinstance(sources, list) and sources else None
+        return isinstance(first, dict) and first.get("format") not in (None, "text", "prompt")
+
+    def held_out(self) -> dict[str, Record]:
+        """A tuning run's scores on held-out examples, by model; before its end those of its newest validation."""
+        found = {label: entry for label in OWN_SCORES if (entry := section(section(self.summary, "held_out"), label))}
+        checks = self.of_kind("validation")
+        return found or ({f"step {checks[-1]['step']:,}": checks[-1]} if checks else {})
 
     def scores(self) -> tuple[dict[str, float], dict[str, float]]:
         """Bits per byte of the summary: the model's own, and those it is compared with."""
@@ -46,7 +65,7 @@ def read_run(run: Path) -> RunFiles:
     if not metrics.is_file() and not (run / "config.yaml").is_file():
         raise UserError(
             f"{run} is not a run folder: it holds neither config.yaml nor metrics.jsonl; "
-            "give the folder that pretrain wrote"
+            "give a folder that pretrain, finetune or dpo wrote"
         )
     config_text = _text(run / "config.yaml")
     try:
@@ -60,6 +79,7 @@ def read_run(run: Path) -> RunFiles:
         environment=_json_object(_text(run / "environment.json")),
         summary=_json_object(_text(run / "summary.json")),
         records=read_metrics(_text(metrics)),
+        account=section(_json_object(_text(run / "data.json")), "account"),
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.model.folder import tensor_shapes
 from openelm.model.geometry import ModelConfig
 from openelm.train.checkpoint import Checkpoints, check_geometry, open_checkpoint
+from openelm.train.form import Form
 
 EMA = "ema."  # what the optimizer tensors of an exponential average begin with
 
@@ -18,15 +18,21 @@ class Average:
     """The mean of the checkpoints of ``steps``, read a tensor at a time, whoever wrote its rows.
 
     Each is verified first (of several ranks, each looks at its ``share`` = (rank, ranks) of the files). Raises
-    UserError where one is damaged or of another geometry than the last.
+    UserError where one is damaged, of another geometry than the last, or of another adapter.
     """
 
     def __init__(self, checkpoints: Checkpoints, steps: Sequence[int], *, share: tuple[int, int] = (0, 1)) -> None:
         self.steps = list(steps)
         self._opened = [open_checkpoint(checkpoints.path(step), share=share) for step in self.steps]
-        self.config: ModelConfig = self._opened[-1].config
+        self.form: Form = self._opened[-1].form
+        self.config: ModelConfig = self.form.config
         for opened in self._opened:
             check_geometry(self.config, opened.path)
+            if opened.form.adapter != self.form.adapter:
+                raise UserError(
+                    f"{opened.path} holds {opened.form.adapter or 'a whole model'}, and {self._opened[-1].path} "
+                    f"{self.form.adapter or 'a whole model'}: they have no mean; average checkpoints of one run"
+                )
 
     def read(self, name: str, first_row: int = 0, rows: int | None = None) -> Tensor:
         """Rows of a mean weight in fp32; summed in fp64."""
@@ -38,13 +44,13 @@ class Average:
         return total.div_(len(self._opened)).float()
 
 
-def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Callable[[str], Tensor]]:
-    """(geometry, what reads an fp32 weight) of the exponential average that the run kept up to ``step``.
+def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[Form, Callable[[str], Tensor]]:
+    """(form, what reads an fp32 weight) of the exponential average that the run kept up to ``step``.
 
     Raises UserError where the checkpoint is damaged or holds none.
     """
     opened = open_checkpoint(checkpoints.path(step))
-    shapes = tensor_shapes(opened.config)
+    shapes = opened.form.shapes
     kept = {name: shape for name in shapes if (shape := opened.optimizer_shapes.get(EMA + name)) is not None}
     if not kept:
         raise UserError(
@@ -54,7 +60,7 @@ def exponential_average(checkpoints: Checkpoints, step: int) -> tuple[ModelConfi
     for name, shape in shapes.items():
         if kept.get(name) != shape:
             raise UserError(f"{opened.path}: {EMA}{name} has shape {kept.get(name)}, but config.json gives {shape}")
-    return opened.config, lambda name: opened.read_optimizer(EMA + name).float()
+    return opened.form, lambda name: opened.read_optimizer(EMA + name).float()
 
 
 def newest(checkpoints: Checkpoints, steps: Sequence[int], last: int) -> list[int]:

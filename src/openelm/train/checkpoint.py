@@ -1,7 +1,8 @@
 """Checkpoints: a model folder with all that is needed to go on, whole or not there at all.
 
-checkpoints/step_00005000/ holds config.json and model.safetensors (fp32 masters: it opens as a model folder),
-optimizer.safetensors (moments, random state), state.json (stream, counters) and manifest.json (a SHA-256 each). Where
+checkpoints/step_00005000/ holds config.json and model.safetensors (fp32 masters: it opens as a model folder; of an
+adapter, PEFT's files), optimizer.safetensors (moments, random state), state.json (stream, counters) and manifest.json
+(a SHA-256 each). Where
 several ranks wrote it, each has written the rows that it holds: model-00001-of-00004.safetensors and
 optimizer-00001-of-00004.safetensors, and state-00002-of-00004.json beside the first rank's state.json.
 
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from openelm.errors import UserError
 from openelm.files import disk_errors_named, put_in_place, remove_drafts, remove_folder, sync
-from openelm.model.folder import copy_tensors, load_config, open_tensors, tensor_shapes, write_config, write_model
+from openelm.model.folder import copy_tensors, load_config, tensor_shapes
 from openelm.model.geometry import ModelConfig
 from openelm.model.stored import Slice as Slice
-from openelm.model.stored import StoredTensors, safetensors_files, save_slices, to_folder_name
+from openelm.model.stored import StoredTensors, safetensors_files, save_slices
+from openelm.train.form import Form, open_form
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -74,11 +76,10 @@ class Opened:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config, _ = load_config(path)
+        self.form, self._weights = open_form(path)
+        self.config = self.form.config
         self._states = [_read_state(file) for file in (path / STATE, *sorted(path.glob("state-?????-of-?????.json")))]
         self.step: int = self._states[0]["step"]
-        self._weights = open_tensors(path)
-        self._weights.check(tensor_shapes(self.config))
         self._optimizer = StoredTensors(safetensors_files(path, "optimizer"))
         self.optimizer_shapes = self._optimizer.shapes
 
@@ -124,19 +125,19 @@ class Checkpoints:
         """Where the checkpoint of ``step`` stands."""
         return self.folder / f"step_{step:08}"
 
-    def save(self, config: ModelConfig, checkpoint: Checkpoint) -> Path:
+    def save(self, form: Form, checkpoint: Checkpoint) -> Path:
         """Write all of a checkpoint at once, then delete those that are no longer kept."""
         weights = {name: Slice.whole(tensor) for name, tensor in checkpoint.weights.items()}
         optimizer = {name: Slice.whole(tensor) for name, tensor in checkpoint.optimizer.items()}
         part = Part(checkpoint.step, weights, {**optimizer, **random_state()}, checkpoint.state)
         attempt = new_attempt()
         try:
-            self.write_part(config, part, 0, 1, attempt)
+            self.write_part(form, part, 0, 1, attempt)
             return self.publish(part.step, 1, attempt)
         finally:
             self.discard(part.step, attempt)
 
-    def write_part(self, config: ModelConfig, part: Part, rank: int, ranks: int, attempt: str) -> None:
+    def write_part(self, form: Form, part: Part, rank: int, ranks: int, attempt: str) -> None:
         """Write what rank ``rank`` of ``ranks`` has to save, and see it on the disk, with a checksum per file.
 
         All ranks hand in the same ``attempt``, one that was never used before (``new_attempt`` of the first). Raises
@@ -145,16 +146,14 @@ class Checkpoints:
         draft = self._draft(part.step, attempt)
         with disk_errors_named(self.path(part.step)):
             draft.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                write_config(draft, config, torch.float32)
+            described = form.describe(draft) if rank == 0 else []
             if ranks == 1:
-                write_model(draft, config, lambda name: part.weights[name].tensor, torch.float32)
+                form.write(draft, lambda name: part.weights[name].tensor)
                 tensors = {name: piece.tensor.detach().cpu().contiguous() for name, piece in part.optimizer.items()}
                 save_file(tensors, draft / "optimizer.safetensors")
                 files = list(draft.iterdir())
             else:
-                files = _write_slices(draft, part, f"-{rank + 1:05}-of-{ranks:05}")
-                files += [draft / "config.json", draft / "generation_config.json"] if rank == 0 else []
+                files = _write_slices(draft, form, part, f"-{rank + 1:05}-of-{ranks:05}") + described
             files.append(draft / (STATE if rank == 0 else f"state-{rank + 1:05}-of-{ranks:05}.json"))
             files[-1].write_text(json.dumps({"step": part.step, **part.state}), encoding="utf-8")
             for file in files:
@@ -211,7 +210,7 @@ class Checkpoints:
         remove_drafts(self.folder)
         opened = self.open(step)
         opened.restore_random_state()
-        weights = {name: opened.read_weight(name) for name in tensor_shapes(opened.config)}
+        weights = {name: opened.read_weight(name) for name in opened.form.shapes}
         names = sorted(opened.optimizer_shapes.keys() - {RANDOM_STATE})
         return Checkpoint(opened.step, weights, {n: opened.read_optimizer(n) for n in names}, opened.states()[0])
 
@@ -302,10 +301,10 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def _write_slices(draft: Path, part: Part, suffix: str) -> list[Path]:
+def _write_slices(draft: Path, form: Form, part: Part, suffix: str) -> list[Path]:
     """One file of weights and one of optimizer tensors; slices without rows are left out, files never."""
-    files = [draft / f"{stem}{suffix}.safetensors" for stem in ("model", "optimizer")]
-    weights = {to_folder_name(name): piece for name, piece in part.weights.items()}
+    files = [draft / f"{stem}{suffix}.safetensors" for stem in (form.stem, "optimizer")]
+    weights = {form.file_name(name): piece for name, piece in part.weights.items()}
     for file, slices in zip(files, (weights, part.optimizer), strict=True):
         save_slices(file, {name: piece for name, piece in slices.items() if piece.tensor.numel() or not piece.shape[0]})
     return files

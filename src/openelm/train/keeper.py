@@ -12,8 +12,8 @@ from torch import Tensor
 from openelm.data.loader import Step
 from openelm.data.stream_state import merge_states
 from openelm.errors import Stopped, UserError
-from openelm.model.geometry import ModelConfig
 from openelm.train.checkpoint import Checkpoints, Part, Slice, check_geometry, random_state
+from openelm.train.form import Form
 from openelm.train.guard import Guard
 from openelm.train.optim import Optimizer
 from openelm.train.parallel import World
@@ -40,7 +40,7 @@ class Keeper:
         self,
         checkpoints: Checkpoints,
         world: World,
-        geometry: ModelConfig,
+        form: Form,
         optimizer: Optimizer,
         guard: Guard,
         *,
@@ -48,7 +48,7 @@ class Keeper:
         attempt: str,
         asynchronous: bool,
     ) -> None:
-        self._checkpoints, self._world, self._geometry = checkpoints, world, geometry
+        self._checkpoints, self._world, self._form = checkpoints, world, form
         self._optimizer, self._guard = optimizer, guard
         self._tokenizer, self._attempt = tokenizer, attempt
         self._asynchronous = asynchronous
@@ -65,7 +65,7 @@ class Keeper:
         part = Part(step, self._weights(), self._moments(), state)
         self._unnamed = step
         self._saver.save(
-            part, lambda part: self._checkpoints.write_part(self._geometry, part, world.rank, world.size, self._attempt)
+            part, lambda part: self._checkpoints.write_part(self._form, part, world.rank, world.size, self._attempt)
         )
         if not self._asynchronous:
             self.finish()
@@ -115,7 +115,7 @@ class Keeper:
         """
         world, optimizer = self._world, self._optimizer
         opened = self._checkpoints.open(step, share=(world.rank, world.size))
-        check_geometry(self._geometry, opened.path)
+        check_geometry(self._form.config, opened.path)
         states = opened.states()
         if (there := states[0].get("tokenizer")) != self._tokenizer:
             raise UserError(

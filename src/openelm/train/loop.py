@@ -62,7 +62,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a run came, and the tokens (valid targets) that it has seen in all."""
+    """How far a run came, and the tokens that it has read in all (padding left out)."""
 
     step: int
     tokens: int
@@ -97,7 +97,8 @@ def run(
     for step in range(start.step, settings.steps):
         start_s = time.perf_counter()
         chunk = next(batches)
-        weight = sum(batch.valid_tokens() for batch in chunk.batches)
+        weight = sum(batch.weight() for batch in chunk.batches)
+        size = sum(batch.size() for batch in chunk.batches)
 
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(chunk.batches, start=1):
@@ -117,10 +118,10 @@ def run(
         lr = schedule.at(step)
         optimizer.update(lr, divisor=scale * (norm / settings.clip_norm).clamp(min=1.0), skip=skip)
 
-        all_weight, stops, unwritten = world.agree(step, weight, asked_to_stop(), not keep.written())
+        all_weight, read, stops, unwritten = world.agree(step, weight, size, asked_to_stop(), not keep.written())
         if not all_weight:
             raise UserError(f"step {step + 1}: its rows hold no target that counts: make data.row_length longer")
-        tokens += all_weight
+        tokens += read
         done = step + 1
         if not unwritten:
             keep.all_written()
@@ -131,7 +132,7 @@ def run(
             means = dict(zip(sums, (totals[2:] / totals[1]).tolist(), strict=True))
         if logs or saves or guard.pending >= EXAMINE_EVERY:
             _examine(guard, recorder, world)
-        span.add(all_weight, time.perf_counter() - start_s, chunk.wait_s)  # behind what waits for the device
+        span.add(read, time.perf_counter() - start_s, chunk.wait_s)  # behind what waits for the device
         if logs:
             entry = {"step": done, **means, "grad_norm": norm.item(), "lr": lr, "tokens": tokens}
             recorder.train(entry, span.end(settings))
@@ -151,7 +152,7 @@ def pretraining_loss(z_loss: float) -> LossFunction:
     def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(model.parameters()).device
         tokens, targets, segments = batch.tensors(device)
-        total, z = model(tokens, targets, segments, z_loss_weight=z_loss)
+        total, z = model(tokens, targets, segments, z_loss_weight=z_loss, counted=batch.counted())
         return total, {"cross_entropy": (total.detach() - z), "z_loss": z}
 
     return loss_fn

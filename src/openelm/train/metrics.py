@@ -59,7 +59,7 @@ class Recorder:
         for tracker in self._trackers:
             tracker(entry)
         if entry["kind"] == "validation":
-            self.say(f"step {entry['step']}  held-out text: {entry['bits_per_byte']:.3f} bits per byte")
+            self.say(f"step {entry['step']}  held-out {_validation(entry)}")
 
     def train(self, entry: dict[str, Any], timing: dict[str, Any]) -> None:
         """The metrics of one step."""
@@ -121,6 +121,13 @@ class Recorder:
     def _print(text: str, end: str = "\n") -> None:
         with suppress(OSError):  # who reads it may be gone; the run goes on
             print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _validation(entry: dict[str, Any]) -> str:
+    if "bits_per_byte" in entry:
+        return f"text: {entry['bits_per_byte']:.3f} bits per byte"
+    accuracy = f", accuracy {entry['accuracy']:.3f}" if "accuracy" in entry else ""
+    return f"examples: loss {entry['loss']:.3f}{accuracy}"
 
 
 def cut_back(metrics: Path, step: int) -> float:

@@ -19,8 +19,9 @@ class Optimizer:
 
     Masters are plain tensors: of a sharded model, the rows that this rank holds. Computing in fp32, or sharded, they
     share the model's memory. Computing in bf16 alone, the model's parameters become copies: each micro-batch's gradient
-    is added to the master's as soon as it is made, and an update writes the rounded masters back. Matrices are decayed,
-    the embedding included; one-dimensional tensors are not. ``ema_decay`` above 0 keeps an exponential average too.
+    is added to the master's as soon as it is made, and an update writes the rounded masters back; frozen ones are kept
+    in bf16 only. Matrices are decayed, the embedding included; one-dimensional tensors are not. ``ema_decay`` above 0
+    keeps an exponential average too.
     """
 
     def __init__(
@@ -45,6 +46,10 @@ class Optimizer:
                 self.masters[name] = parameter.detach()
                 parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(_adder(self.masters[name]))
+        if dtype != torch.float32:
+            for parameter in model.parameters():
+                if not parameter.requires_grad and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(dtype)  # nothing is ever added to it
         self._device = next(iter(self.masters.values())).device
         matrices = [m for name, m in self.masters.items() if len(self.shapes[name]) > 1]
         vectors = [m for name, m in self.masters.items() if len(self.shapes[name]) <= 1]

@@ -226,15 +226,17 @@ def build(
     dtype: torch.dtype,
     checkpointing: Checkpointing = "none",
     compile: bool = False,
+    adapt: Callable[[OpenELM], None] = lambda model: None,
 ) -> OpenELM:
     """The model, ready to train: in fp32, on the rank's device, sharded where there are several ranks.
 
-    The order matters: activation checkpointing is part of what is compiled, compiled blocks are what is sharded, and
-    only then is there memory for ``weights``: names and whole tensors, of which a rank keeps its rows. ``dtype`` is
-    what sharded weights are gathered in.
+    The order matters: ``adapt`` changes what the model consists of, activation checkpointing is part of what is
+    compiled, compiled blocks are what is sharded, and only then is there memory for ``weights``: names and whole
+    tensors, of which a rank keeps its rows. ``dtype`` is what sharded weights are gathered in.
     """
     with torch.device("meta"):
         model = OpenELM(geometry)
+        adapt(model)
     model.train()
     model.checkpoint_activations(checkpointing)
     if compile:
@@ -301,6 +303,8 @@ def gathered(model: OpenELM, world: World) -> Iterator[OpenELM]:
         module.unshard()
     with torch.device("meta"):
         whole = OpenELM(model.config)
+        if model.adapt is not None:
+            model.adapt(whole)
     # The same memory. FSDP's own modules would remember a pass that the other ranks did not make.
     whole.load_state_dict({name: weight.detach() for name, weight in model.named_parameters()}, assign=True)
     try:

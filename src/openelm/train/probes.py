@@ -48,7 +48,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, world: World, rows: int) -> di
             batch = batches[mine] if mine < len(batches) else batches[turn]
             nats = float(model(*batch.tensors(device)))
             if mine < len(batches):
-                sums += torch.tensor([nats, batch.valid_tokens()], dtype=torch.float64)
+                sums += torch.tensor([nats, batch.weight()], dtype=torch.float64)
     reshard(model)
     nats, tokens = world.sum_words(sums)
     bytes_ = held_out.bytes
@@ -68,7 +68,7 @@ def padded(batch: Batch, rows: int) -> Batch:
 
 def samples(
     tokenizer: Tokenizer,
-    prompts: tuple[str, ...],
+    prompts: dict[str, list[int]],
     world: World,
     *,
     every: int,
@@ -76,12 +76,12 @@ def samples(
     max_tokens: int,
     seed: int,
 ) -> Probe:
-    """A continuation of each prompt every ``every`` steps and after the last, always from the same seed."""
+    """A continuation of each prompt (text: its ids) every ``every`` steps and after the last, always from one seed."""
 
     def probe(step: int, model: nn.Module, data: Step) -> list[dict[str, Any]]:
         if not prompts or (step % every and step != steps):
             return []
-        texts = write(cast(OpenELM, model), tokenizer, prompts, world, max_tokens, seed)
+        texts = write(cast(OpenELM, model), tokenizer, list(prompts.values()), world, max_tokens, seed)
         return [
             {"kind": "sample", "step": step, "prompt": prompt, "text": text}
             for prompt, text in zip(prompts, texts, strict=bool(texts))
@@ -91,7 +91,7 @@ def samples(
 
 
 def write(
-    model: OpenELM, tokenizer: Tokenizer, prompts: tuple[str, ...], world: World, max_tokens: int, seed: int
+    model: OpenELM, tokenizer: Tokenizer, prompts: list[list[int]], world: World, max_tokens: int, seed: int
 ) -> list[str]:
     """One continuation of each prompt, on rank 0; the others lend it their weights and get nothing."""
     if not prompts:
@@ -99,8 +99,8 @@ def write(
     with gathered(model, world) as whole, evaluating(whole):
         if world.rank:
             return []
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
-        found = Engine(whole, tokenizer).generate(ids, max_tokens, SAMPLING, seeds=[seed + i for i in range(len(ids))])
+        seeds = [seed + i for i in range(len(prompts))]
+        found = Engine(whole, tokenizer).generate(prompts, max_tokens, SAMPLING, seeds=seeds)
     return [completion.text for completion in found]
 
 

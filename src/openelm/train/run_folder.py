@@ -21,6 +21,7 @@ from openelm.environment import environment
 from openelm.errors import UserError
 from openelm.files import disk_errors_named, remove_drafts, whole_folder, write_json
 from openelm.model.geometry import ModelConfig
+from openelm.tuning_config import TuneConfig
 
 # What may differ between a run and its resume. None of the first changes a number that is computed; the second, where
 # and in which parts it is computed, changes no more than the rounding.
@@ -109,7 +110,7 @@ def _take(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def check_start(run: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> list[str]:
+def check_start(run: Path, config: RunConfig | TuneConfig, *, resume: bool, overwrite: bool) -> list[str]:
     """Whether this run may begin, or go on, here; what to say about settings that differ from those it began with."""
     if run.exists() and not (run.is_dir() and ((run / "config.yaml").is_file() or not any(run.iterdir()))):
         raise UserError(
@@ -117,12 +118,25 @@ def check_start(run: Path, config: RunConfig, *, resume: bool, overwrite: bool) 
         )
     if run.exists() and not (resume or overwrite):
         raise UserError(f"{run} exists: go on with --resume, start anew with --overwrite, or choose --run FOLDER")
+    if run.exists() and not resume:
+        for key, path in _paths(as_plain(config)):
+            if Path(path).exists() and Path(path).resolve().is_relative_to(run.resolve()):
+                raise UserError(f"{key}={path} is in {run}, which --overwrite deletes: choose another --run")
     if resume and not run.exists():
         raise UserError(f"{run} does not exist, so there is nothing to resume: leave out --resume")
     return _differences(run, config) if resume else []
 
 
-def _differences(run: Path, config: RunConfig) -> list[str]:
+def _paths(data: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """What a config reads: key and path."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if key in ("path", "init_from", "evaluate_data") and value:
+            yield f"{prefix}{key}", value
+        else:
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _differences(run: Path, config: RunConfig | TuneConfig) -> list[str]:
     """Refuse to go on with a recipe that computes something else, naming each key; what differs in rounding only."""
     path = run / "config.yaml"
     if not path.is_file():
@@ -136,28 +150,34 @@ def _differences(run: Path, config: RunConfig) -> list[str]:
     before.pop("geometry", None)
     old, new = _flat(before), _flat(as_plain(config))
     differing = {
-        key: f"{key} was {old.get(key, _default(key))!r}, is {new.get(key)!r}"
+        key: f"{key} was {old.get(key, _default(config, key))!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key not in NO_NUMBER and old.get(key, _default(key)) != new.get(key)
+        if key not in NO_NUMBER and old.get(key, _default(config, key)) != new.get(key)
     }
     if refused := [text for key, text in differing.items() if key not in ROUNDING]:
         raise UserError(
             f"{run} was begun with another recipe: {', '.join(refused)}: resume with the same values, or choose "
             "another --run"
         )
-    return list(differing.values())
+    if not differing:
+        return []
+    return [f"other than when the run began, with no effect beyond rounding: {', '.join(differing.values())}"]
 
 
-def _default(key: str) -> Any:
+def _default(config: RunConfig | TuneConfig, key: str) -> Any:
     """What a key means that a run does not know, because it was begun before there was such a key."""
     section, _, name = key.partition(".")
-    fields = getattr(RunConfig.model_fields.get(section), "annotation", None)
+    fields = getattr(type(config).model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
     return field.default if field is not None and not field.is_required() else None
 
 
 def create(
-    run: Path, config: RunConfig, geometry: ModelConfig, tokenizer: Tokenizer, fingerprint: dict[str, Any]
+    run: Path,
+    config: RunConfig | TuneConfig,
+    geometry: ModelConfig,
+    tokenizer: Tokenizer,
+    fingerprint: dict[str, Any],
 ) -> None:
     """Make the run folder, with what it will compute, from what, and on what."""
     geometry_of_run = {
@@ -175,7 +195,7 @@ def create(
         (draft / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def as_plain(config: RunConfig) -> dict[str, Any]:
+def as_plain(config: RunConfig | TuneConfig) -> dict[str, Any]:
     """A config as plain values, as its YAML has them."""
     plain: dict[str, Any] = json.loads(config.model_dump_json())
     return plain
