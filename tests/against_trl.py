@@ -1,7 +1,7 @@
 """One training by TRL's trainers and by ours: the same records, batch, dtype and weights, a step of each in turns.
 
-What is compared is a step: batches in, gradients, clipping, AdamW. Every step sees the same records, so that the figures
-of rounds may be compared. Process time on a CPU, which other processes disturb less; the device's time on a GPU.
+What is compared is a step: batches in, gradients, clipping, AdamW. Every step sees the same records, so that rounds
+may be compared. Process time on a CPU, which other processes disturb less; the device's time on a GPU.
 """
 
 import json
@@ -42,7 +42,7 @@ LR = 1e-5
 
 @dataclass(frozen=True)
 class Trial:
-    """What is trained, by both: ``kind`` is pairs, padded or packed; ``lora`` trains an adapter instead of all weights."""
+    """What both train: pairs, padded or packed examples; with ``lora`` an adapter, else all weights."""
 
     model: Path  # a folder that transformers opens too
     kind: str
@@ -78,9 +78,7 @@ def records(trial: Trial) -> list[dict[str, str]]:
         return " ".join(draw.choices(words, k=int(tokens / a_word)))
 
     names = ("chosen", "rejected") if trial.kind == "pairs" else ("completion",)
-    return [
-        {"prompt": text(170, 400) + "\n", **{name: text(250, 500) for name in names}} for _ in range(trial.records)
-    ]
+    return [{"prompt": text(170, 400) + "\n", **{name: text(250, 500) for name in names}} for _ in range(trial.records)]
 
 
 class Ours:
@@ -111,9 +109,7 @@ class Ours:
             checkpointing="full" if trial.recompute else "none",
             adapt=partial(attach, adapter=adapter) if trial.lora else lambda model: None,
         )
-        self.optimizer = Optimizer(
-            self.model, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, dtype=trial.dtype
-        )
+        self.optimizer = Optimizer(self.model, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, dtype=trial.dtype)
         self.reference_s, start_s = 0.0, clock(trial.device)
         self.loss = example_loss(0.0)
         if pairs:
@@ -149,8 +145,8 @@ class Ours:
         self.losses.append(entry["loss"])
 
     def step(self) -> float:
-        """Seconds of the next step."""
-        start_s, done = clock(self.trial.device), self.reached.step + 1
+        """Seconds of the next step, as if it were every record once: epochs of packed rows differ by a row."""
+        start_s, done, before = clock(self.trial.device), self.reached.step + 1, self.reached.tokens
         self.reached = loop.run(
             self.model,
             self.optimizer,
@@ -164,7 +160,7 @@ class Ours:
             keep=NoCheckpoints(),
             start=self.reached,
         )
-        return clock(self.trial.device) - start_s
+        return (clock(self.trial.device) - start_s) * self.tokens / (self.reached.tokens - before)
 
 
 def trainer(trial: Trial, steps: int) -> Any:
@@ -198,7 +194,6 @@ def trainer(trial: Trial, steps: int) -> Any:
         settings = trl.DPOConfig(**given, beta=0.1, precompute_ref_log_probs=trial.precompute)
     else:
         packed = trial.kind == "packed"
-        # Rows are more than full ones; every step is to see every record.
         if packed:
             given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1)
         settings = trl.SFTConfig(**given, packing=packed)
@@ -210,8 +205,8 @@ def trainer(trial: Trial, steps: int) -> Any:
         processing_class=transformers.AutoTokenizer.from_pretrained(trial.model),
         **({"peft_config": lora} if trial.lora else {}),
     )
-    if not pairs and trial.kind == "packed":
-        made.args.gradient_accumulation_steps = len(made.train_dataset)
+    if trial.kind == "packed":
+        made.args.gradient_accumulation_steps = len(made.train_dataset)  # every step sees every record
     return made
 
 

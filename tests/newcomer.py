@@ -45,7 +45,7 @@ SMALL = dict(model_dim=32, num_transformer_layers=2, head_dim=8, ffn_dim_divisor
 # Tuning runs; of the examples of docs/tuning.md a few are left.
 TUNED = [
     "data.row_length=64",
-    "data.prompt_length=null",
+    "data.prompt_length=32",
     "train.steps=3",
     "train.epochs=null",
     "train.warmup_steps=0",

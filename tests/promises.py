@@ -42,7 +42,7 @@ def result_of(command: str, given: argparse.Namespace) -> Path | None:
         return Path(given.run or f"runs/{given.recipe}")
     if command in ("finetune", "dpo"):
         return Path(given.run or f"runs/{load_tuning(given.recipe, given.overrides).name}")
-    if command in ("reject", "merge"):
+    if command in ("reject", "merge", "quantize"):
         return Path(given.out)
     return Path(given.run) / "report" if command == "report" else None
 
@@ -94,7 +94,8 @@ def tuned(done: Done) -> None:
     steps = [entry for entry in entries_of(run) if entry["kind"] == "train"]
     assert [entry["step"] for entry in steps] == list(range(1, summary["steps"] + 1))
     assert summary["steps"] == config.train.steps
-    assert ("margin" in steps[0]) == (done.command == "dpo")
+    if done.command == "dpo":  # before anything is learned all pairs are ties, which count as wrong
+        assert steps[0]["accuracy"] == steps[0]["margin"] == 0 < steps[0]["loss"]
     model, base = load_model(run / "model"), load_model(config.model.path)
     tokens = torch.tensor([[1, 300, 400]])
     assert not torch.equal(model(tokens), base(tokens))
@@ -114,6 +115,15 @@ def merged(done: Done) -> None:
     tokens = torch.tensor([[1, 300, 400]])
     expected = load_model(Path(done.given.adapter).with_name("model"))(tokens)
     assert (model(tokens) - expected).abs().max() < 1e-4
+
+
+def quantized(done: Done) -> None:
+    """A folder in the bits that were asked for, near to its model on text of its own."""
+    given, source = done.given, open_source(done.given.out)
+    how = json.loads(Path(given.out, "config.json").read_text())["quantization"]
+    assert (how["bits"], how["group_size"]) == (given.bits, given.group_size) and source.quantized
+    assert done.out.startswith(f"{given.out}: {given.bits} bits in groups of {given.group_size}")
+    assert float(re.search(r"KL ([\d.]+) nats", done.out)[1]) < (0.002 if given.bits == 8 else 0.1)
 
 
 def evaluated(done: Done) -> None:
@@ -231,6 +241,7 @@ PROMISES: dict[str, Callable[[Done], None]] = {
     "plan": planned,
     "pretrain": trained,
     "push": pushed,
+    "quantize": quantized,
     "reject": paired,
     "report": drawn,
     "sweep": swept,

@@ -39,6 +39,8 @@ STANDS_FOR = {
     "RECIPE": "pretrain-open",
     "MODEL": "runs/demo/model",
     "FILE": "my.jsonl",
+    "PROMPTS": "prompts.jsonl",
+    "REWARD": "python:reward.py:score",
 }
 # Commands that cannot run here; their arguments are read all the same.
 NOT_RUN = {

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "measure models on the paper's suites, or on any task of lm-evaluation-harness",
     "perplexity": "bits per byte and perplexity of any text",
     "convert": "convert a model for transformers, CoreNet, mlx-lm, llama.cpp or Ollama",
+    "quantize": "round a model's weights to 4 or 8 bits",
     "push": "publish a run or a model on the Hugging Face Hub",
     "sweep": "try a grid of settings and find the best by a suite",
     "bench": "measure training and data speed against the machine's roof",

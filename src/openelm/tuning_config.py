@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from openelm.config import Int, Section, TokenizerSection, TrainSection, load, resolve
+from openelm.config import Int, Section, TrainSection, load, resolve
 
 
 class BaseSection(Section):
@@ -15,6 +15,12 @@ class BaseSection(Section):
 
     path: str
     size: str | None = None
+
+
+class TokenizerPathSection(Section):
+    """The tokenizer that the model was trained with, where it has none beside it."""
+
+    path: str | None = None
 
 
 class ExamplesSection(Section):
@@ -107,7 +113,7 @@ class TuneConfig(Section):
     name: str = Field(pattern=r"^\w[\w.-]*$")  # a folder is called so
     seed: Int = Field(default=0, ge=0, lt=2**40)
     model: BaseSection
-    tokenizer: TokenizerSection = TokenizerSection()
+    tokenizer: TokenizerPathSection = TokenizerPathSection()
     data: TuneDataSection
     adapter: AdapterSection | None = None
     preference: PreferenceSection | None = None
@@ -127,6 +133,8 @@ class TuneConfig(Section):
             )
         if self.preference and (self.data.packing != "pad" or self.data.loss_on != "answers"):
             problems.append("pairs are padded, and their answers count: leave out data.packing and data.loss_on")
+        if self.preference and self.train.z_loss:
+            problems.append(f"train.z_loss={self.train.z_loss:g} has no place in a loss of pairs: leave it out")
         if self.data.prompt_length and self.data.prompt_length >= self.data.row_length:
             problems.append(
                 f"data.prompt_length={self.data.prompt_length} must be less than data.row_length="

@@ -9,6 +9,7 @@ import torch
 from openelm import ModelConfig, OpenELM, cli, load_model
 from openelm.data.tokenizer import Tokenizer, train_tokenizer
 from openelm.interop.adapter import Adapter, open_adapter, shapes
+from openelm.interop.card import parse, section
 from openelm.train.checkpoint import Checkpoint, Checkpoints
 from openelm.train.form import Form
 
@@ -53,6 +54,22 @@ def test_the_runs_tokenizer_goes_along(run: Path) -> None:
     tokenizer = train_tokenizer([text], run / "tokenizer" / "tokenizer.model", 300)
     assert cli.run(["average", str(run), "--last", "1"]) == 0
     assert Tokenizer.load(run / "model-averaged-60").fingerprint == tokenizer.fingerprint
+
+
+def test_the_card_is_the_models_without_its_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["average", str(run), "--last", "1", "--out", str(run / "without")]) == 0
+    assert not (run / "without" / "README.md").exists(), "there is no card to take it from"
+    (run / "model").mkdir()
+    (run / "model" / "README.md").write_text(
+        "---\nlicense: mit\nmodel-index: [{name: x, results: []}]\n---\n# x\nReached 99 %.\n\n## Licence\nMIT.\n\n"
+        "## Evaluation\n1.5 bits per byte\n\n## Data\nBooks.\n"
+    )
+    assert cli.run(["average", str(run), "--last", "2"]) == 0
+    metadata, body = parse((run / "model-averaged-60" / "README.md").read_text())
+    assert metadata == {"license": "mit"}
+    assert body.startswith("# model-averaged-60\n\nThese weights are the mean of the checkpoints of steps 20, 60, of")
+    assert section(body, "Data") == "Books." and section(body, "Licence") == "MIT."
+    assert "99" not in body and "1.5" not in body
 
 
 def test_nothing_is_overwritten_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +169,7 @@ def adapter_run(tmp_path: Path) -> Path:
         checkpoints.save(Form(CONFIG, ADAPTER, "someone/small"), Checkpoint(step, values, kept, {}))
     (run / "model").mkdir()
     (run / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    (run / "model" / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
     return run
 
 
@@ -167,6 +185,7 @@ def test_of_an_adapters_run_the_mean_is_an_adapter(adapter_run: Path, capsys: py
     assert f"openelm merge someone/small {out} OUT" in capsys.readouterr().out
     assert adapter_values(out) == {15.0} and not (out / "config.json").exists()
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "license: mit" in (out / "README.md").read_text()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/small"
     assert cli.run(["average", str(adapter_run), "--ema", "--step", "10", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["adapter"] is True

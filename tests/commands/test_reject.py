@@ -1,6 +1,7 @@
 """openelm reject: the same pairs however they are computed, interrupted or not; nothing lost, nothing overwritten."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_another_model_or_reward_or_prompt_is_noticed(model, prompts, reward, tm
     reject(model, prompts, out, reward, code=2)
     assert "pairs.unfinished.jsonl was begun with another prompts, reward: " in capsys.readouterr().err
     reject(model, prompts, out, reward, "--overwrite", code=130)
+
+
+def test_the_same_weights_under_another_config_are_another_model(model, prompts, reward, tmp_path, capsys, monkeypatch):
+    out, own = tmp_path / "pairs.jsonl", tmp_path / "model"
+    shutil.copytree(model, own)
+    monkeypatch.setattr(Engine, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    reject(own, prompts, out, reward, code=130)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"rope_freq_constant": 500_000}))
+    capsys.readouterr()
+    reject(own, prompts, out, reward, code=2)
+    assert "pairs.unfinished.jsonl was begun with another model: " in capsys.readouterr().err
 
 
 def test_conversations_are_what_dpo_reads(model, reward, tokenizer_file, tmp_path):

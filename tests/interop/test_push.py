@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import small_tuning
 from openelm import cli
@@ -372,3 +373,14 @@ def test_without_its_base_a_tuned_model_goes_up_and_its_checkpoints_do_not(me, t
     assert pushed(tuned, "me/tuned", "--milestones", "none") == 0
     assert "adapter/adapter_model.safetensors" in at(me, "me/tuned", "main")
     assert "`openelm merge" in refused(capfd, tuned / "adapter", "me/other")
+
+
+def test_checkpoints_of_an_adapter_are_not_merged_into_another_model_than_its_own(me, tuned, tmp_path, capfd):
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    weights["transformer.norm.weight"][3] *= 1.5
+    save_file(weights, file)
+    message = refused(capfd, tuned, "me/tuned")
+    assert f"base is another model now than {tuned} began from" in message and "--milestones none" in message
+    assert me.requests == []
+    assert pushed(tuned, "me/tuned", "--milestones", "none") == 0

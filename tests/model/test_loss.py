@@ -280,3 +280,27 @@ def test_the_gradient_of_log_probabilities_can_be_asked_for_twice():
     once = torch.autograd.grad(found, (hidden, weight), upstream(20), retain_graph=True)
     again = torch.autograd.grad(found, (hidden, weight), upstream(20))
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 25, 1000])  # 25 of 32 positions count
+def test_a_known_number_of_targets_that_count_changes_nothing_but_the_work(monkeypatch, rows_a_chunk):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", rows_a_chunk * 40)
+    hidden, weight, targets = make(32, 12, 40)
+    found, expected = (fused_cross_entropy(hidden, weight, targets, Z, counted) for counted in (25, None))
+    gradients = [torch.autograd.grad(total / 7, (hidden, weight)) for total, _ in (found, expected)]
+    for ours, theirs in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    log_p = target_log_probs(hidden, weight, targets, 25)
+    assert torch.equal(log_p, target_log_probs(hidden, weight, targets))
+
+
+def test_a_prompt_costs_no_product_where_the_number_of_targets_is_known(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 64)
+    hidden, weight, targets = make(256, 16, 64)
+    targets[:192] = -100
+    counted = int((targets != -100).sum())
+    assert products(lambda: fused_cross_entropy(hidden, weight, targets, Z, counted)) == 3
+    assert products(lambda: fused_cross_entropy(hidden, weight, targets, Z)) == 3 * 4
+    nothing, z_loss = fused_cross_entropy(hidden, weight, torch.full_like(targets, -100), Z, 0)
+    assert nothing.item() == z_loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, (hidden, weight)))

@@ -161,6 +161,41 @@ def test_other_weights_have_another_digest(tmp_path):
     assert first != open_reward(str(save_bert(tmp_path / "c", hidden_act="relu")), None, CPU)[1]
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_another_tokenizer_or_template_has_another_digest(tmp_path, file):
+    folder = save_bert(tmp_path, "{{ messages }}")
+    first = open_reward(str(folder), None, CPU)[1]
+    (folder / file).write_text((folder / file).read_text() + "\n")
+    assert first != open_reward(str(folder), None, CPU)[1]
+
+
+def test_what_is_too_long_for_a_classifier_that_counts_from_behind_its_padding(tmp_path, capsys):
+    """RoBERTa's 24 positions are 23 tokens where padding is 0; its tokenizer need not say so."""
+    config = transformers.RobertaConfig(
+        vocab_size=len(WORDS.split()),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=24,
+        type_vocab_size=1,
+        pad_token_id=0,
+        initializer_range=0.5,
+        num_labels=1,
+    )
+    torch.manual_seed(1)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, types=False)
+    for prompt in (
+        "it is " * 9 + "how",
+        "it is " * 20 + "how long",
+    ):  # 24 tokens with the answer and the layout, and 47
+        (found,) = ask(tmp_path, Prompt(prompt, [1], {}), ("very short",))
+        kept = " ".join(prompt.split()[-18:])
+        assert found == pytest.approx(logits(tmp_path, kept, "very short").item(), abs=1e-5)
+    assert "reads 23 tokens at most" in capsys.readouterr().err
+
+
 def test_a_reward_that_is_not_finite_is_refused(tmp_path):
     folder = save_bert(tmp_path)
     model = transformers.BertForSequenceClassification.from_pretrained(folder)

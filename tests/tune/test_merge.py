@@ -13,13 +13,14 @@ from openelm import cli
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.interop import huggingface  # noqa: F401 (makes transformers know OpenELM)
-from openelm.interop.adapter import ATTENTION_TARGETS, PAPER_TARGETS
+from openelm.interop.adapter import ATTENTION_TARGETS, PAPER_TARGETS, Adapter, write_adapter
 from openelm.interop.convert import convert
 from openelm.interop.source import Source, open_folder
 from openelm.interop.target import Format
 from openelm.model.folder import load_config, load_model, save_model
 from openelm.model.transformer import OpenELM
-from openelm.tune.adapters import load_adapter, merged
+from openelm.tune.adapters import attach, initial_values, load_adapter, merged
+from openelm.tune.beginning import digest
 from small_adapters import KINDS
 from small_models import make
 
@@ -117,6 +118,25 @@ def test_merged_naively_it_would_change_the_output_and_untied_it_does_not(folder
     assert (naive.eval()(TOKENS) - expected).abs().max() > 1
 
 
+def test_an_untrained_dora_of_a_bf16_model_merges_to_that_model(folder, tmp_path):
+    """Norms that were rounded to bf16 themselves would make all weights of an output longer, or shorter."""
+    pytest.importorskip("peft")
+    base = load_model(folder).to(torch.bfloat16)
+    dora = Adapter("dora", r=4, targets=PAPER_TARGETS)
+    with torch.device("meta"):
+        model = OpenELM(base.config)
+        attach(model, dora)
+    values = dict(initial_values(model, dora, base.state_dict().__getitem__, 1, torch.bfloat16))
+    (tmp_path / "dora").mkdir()
+    write_adapter(tmp_path / "dora", dora, base.config, values.__getitem__, "", "")
+    stored = open_folder(save_model(base, tmp_path / "bf16", dtype=torch.bfloat16))
+    source = merged(stored, tmp_path / "dora", untie=True)
+    for name in stored.shapes:
+        torch.testing.assert_close(source.weight(name).float(), stored.weight(name).float(), rtol=1e-5, atol=0)
+    found, expected = model_of(source)(TOKENS), base.float()(TOKENS)
+    assert (found - expected).abs().max() < 1e-4
+
+
 def test_the_command_writes_a_model_folder_and_verifies_it(folder, capsys):
     pytest.importorskip("peft")
     tuned, out = adapter(folder, "dora"), folder.parent / "out"
@@ -175,6 +195,38 @@ def test_a_run_folder_stands_for_its_adapter_and_its_model(folder, tmp_path):
     assert all(
         torch.equal(tensor, expected[name]) for name, tensor in load_model(tmp_path / "out").state_dict().items()
     )
+
+
+def test_a_tokenizer_beside_the_adapter_is_the_results(folder, golden_weights, tokenizer_file, tmp_path, capsys):
+    tuned, own = adapter(folder, targets=LINEAR), Tokenizer.load(tokenizer_file)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    own.save(tuned)
+    assert run(folder, tuned, tmp_path / "out") == 0
+    assert Tokenizer.load(tmp_path / "out").fingerprint == own.fingerprint
+    assert load_config(tmp_path / "out")[0].eos_token_id == own.eos_id
+    small = save_model(make(golden_weights, vocab_size=100), tmp_path / "hundred")
+    small_adapters.write(tuned, load_config(small)[0], "lora", LINEAR)
+    capsys.readouterr()
+    assert run(small, tuned, tmp_path / "none") == 2
+    error = capsys.readouterr().err
+    assert "holds a tokenizer that cannot be the model's" in error and "take that one's files away" in error
+
+
+def test_a_base_that_is_not_what_the_run_began_from_is_remarked_on(folder, golden_weights, tmp_path, capsys):
+    home = tmp_path / "run"
+    home.mkdir()
+    adapter(folder, targets=LINEAR).rename(home / "adapter")
+    (home / "config.yaml").write_text("name: x\n")
+    said = f"{home} began from another model than {folder} is now"
+    for data, remarked in ((None, False), ("[]", False), ('{"model": "0"}', True)):
+        if data is not None:
+            (home / "data.json").write_text(data)
+        assert run(folder, home, tmp_path / "out", "--overwrite") == 0
+        assert (said in capsys.readouterr().err) == remarked
+    (home / "data.json").write_text(json.dumps({"model": digest(open_folder(folder))}))
+    assert run(folder, home / "adapter", tmp_path / "out", "--overwrite") == 0
+    assert said not in capsys.readouterr().err
 
 
 def test_what_does_not_verify_is_not_kept(folder, capsys, monkeypatch):

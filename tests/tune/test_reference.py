@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from openelm.data.example_stream import ExampleSteps
 from openelm.data.pairs import Example, Pair
 from openelm.errors import UserError
+from openelm.interop.source import open_folder
+from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights, initial_weights
 from openelm.train.parallel import World, build
 from openelm.tune import reference
+from openelm.tune.beginning import digest
 from openelm.tune.preference import preference_loss
 from openelm.tune.reference import key_of, reference_log_probs
 from openelm.tune.validation import evaluate_examples, evaluate_preferences
@@ -154,6 +158,21 @@ def test_the_key_is_another_for_another_model_other_data_another_dtype():
     keys.add(key_of("modeld", "ata", "float32"))
     assert len(keys) == 5 and key_of(*facts) in keys
     assert all(len(key) == 32 and key.isalnum() for key in keys), "names of files"
+
+
+def test_a_models_digest_is_of_all_that_it_computes_with_and_of_nothing_else(model, tmp_path):
+    source = open_folder(save_model(model, tmp_path / "model"))
+
+    def of(**changes: object) -> str:
+        return digest(replace(source, config=source.config.changed(**changes)))
+
+    assert of(rope_freq_constant=500_000) != digest(source)
+    assert of(rope_freq_constant=10_000) == of(rope_freq_constant=10_000.0) == digest(source)
+    assert of(max_context_length=4096, bos_token_id=5, eos_token_id=6, initializer_range=0.5) == digest(source)
+    same = {"qkv_multipliers": source.config.alphas, "ffn_multipliers": source.config.betas}
+    assert of(**same) == digest(source), "as other formats write the widths"
+    save_model(model, tmp_path / "bf16", dtype=torch.bfloat16)
+    assert digest(open_folder(tmp_path / "bf16")) != digest(source)
 
 
 def test_the_model_neither_learns_nor_drops_out_and_trains_on(model, tmp_path):

@@ -75,17 +75,16 @@ def run(args: argparse.Namespace) -> int:
         average = Average(checkpoints, steps)
         form, read = average.form, average.read
     tokenizer = find_tokenizer(folder)
-    write(out, form, read, args, folder, tokenizer)
+    what = f"the mean of the checkpoints of steps {', '.join(map(str, steps))}"
+    what = f"the exponential average that the checkpoint of step {steps[-1]} holds" if args.ema else what
+    write(out, form, read, args, folder, tokenizer, card(folder, out.resolve().name, what))
     if tokenizer is None:
         print(f"{folder} holds no tokenizer in model/ or tokenizer/: {out} is written without one", file=sys.stderr)
     if args.json:
         figures = {"folder": str(out), "steps": steps, "ema": args.ema, "tokenizer": tokenizer is not None}
         print(json.dumps(figures | {"adapter": form.adapter is not None}))
         return 0
-    if args.ema:
-        print(f"{out}: the exponential average that the checkpoint of step {steps[-1]} holds")
-    else:
-        print(f"{out}: the mean of the checkpoints of steps {', '.join(map(str, steps))}")
+    print(f"{out}: {what}")
     if form.adapter is not None:
         print(f"an adapter; a model of it: {shlex.join(['openelm', 'merge', form.base or 'MODEL', str(out), 'OUT'])}")
     return 0
@@ -117,8 +116,9 @@ def write(
     args: argparse.Namespace,
     run: Path,
     tokenizer: Tokenizer | None,
+    card: str,
 ) -> None:
-    """A model folder, or an adapter's, with the run's tokenizer and chat template."""
+    """A model folder, or an adapter's, with the run's tokenizer and chat template, and ``card`` as README.md."""
     from openelm.files import whole_folder
     from openelm.interop.adapter import write_adapter
     from openelm.interop.transformers_folder import complete
@@ -129,6 +129,8 @@ def write(
             write_model(draft, form.config, read, DTYPES[args.dtype or "float32"])
         else:
             write_adapter(draft, form.adapter, form.config, read, form.base, "")
+        if card:
+            (draft / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(draft)
         template = run / "model" / "chat_template.jinja"
@@ -136,6 +138,24 @@ def write(
             shutil.copyfile(template, draft / template.name)
         if form.adapter is None:
             complete(draft)
+
+
+def card(run: Path, name: str, what: str) -> str:
+    """The card of an average: licence and data as of the run's model, none of its figures; "" where that has none."""
+    from openelm.interop.card import CARRIED, parse, render, section
+    from openelm.interop.source import read_text
+
+    metadata, body = parse(read_text(run / "model" / "README.md") or "")
+    if not metadata and not body:
+        return ""
+    metadata.pop("model-index", None)
+    parts = [
+        f"# {name}",
+        f"These weights are {what}, of the run that trained the model which this card was taken from. They were not "
+        "evaluated by themselves.",
+        *(f"## {heading}\n\n{text}" for heading in CARRIED if (text := section(body, heading))),
+    ]
+    return render(metadata, "\n\n".join(parts))
 
 
 def chosen_steps(args: argparse.Namespace, checkpoints: Checkpoints) -> list[int]:

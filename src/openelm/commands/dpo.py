@@ -7,7 +7,7 @@ import argparse
 from openelm.commands import runs
 
 HELP = "Tune a model on pairs of answers, of which one was preferred (DPO, hinge, IPO)."
-EXAMPLE = "openelm dpo instruct model.path=runs/tuned/model data.sources.0.path=pairs.jsonl"
+EXAMPLE = "openelm dpo instruct model.path=runs/tuned tokenizer.path=null data.sources.0.path=pairs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import argparse
 from openelm.commands import runs
 
 HELP = "Tune a model on examples: conversations, prompts with answers, or text; all weights, or an adapter."
-EXAMPLE = "openelm finetune peft model.path=runs/demo/model data.row_length=512 --run runs/tuned"
+EXAMPLE = "openelm finetune peft model.path=runs/demo tokenizer.path=null data.row_length=512 --run runs/tuned"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is the model itself, without which the adapter is worth nothing: choose another name")
     source = merged(base, folder, untie=args.untie, name=hub_id(args.adapter))
     form = Format(DTYPES[DTYPE_NAMES.get(args.dtype, args.dtype)] if args.dtype else source.dtype)
-    for note in (*source.notes, *other_model(args.model, folder)):
+    for note in (*source.notes, *other_model(args.model, base, folder)):
         print(note, file=sys.stderr)
     expected = unmerged_logits(base, folder) if args.verify else None
     checks: list[Check] = []
@@ -78,12 +78,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def other_model(model: str, folder: Path) -> Iterator[str]:
-    """A word on a model that is not called as the one that the adapter was trained on; it may be the same."""
+def other_model(model: str, base: Source, folder: Path) -> Iterator[str]:
+    """A word on a model that is not the one that the adapter was trained on, or is not called so; it may be then."""
     from openelm.interop.adapter import read_config
+    from openelm.tune.beginning import is_base
 
+    run = folder.parent
+    if (run / "config.yaml").is_file() and not is_base(run, base):
+        yield f"{run} began from another model than {model} is now: merged with it, the adapter is noise"
+        return
     trained_on = read_config(folder)[1]
-    names = [name.partition("@")[0].rstrip("/").rpartition("/")[2] for name in (model, trained_on)]
+    names = [
+        name.partition("@")[0].rstrip("/").removesuffix("/model").rpartition("/")[2] for name in (model, trained_on)
+    ]
     if trained_on and names[0] != names[1]:
         yield f"the adapter says that it was trained on {trained_on}: on any other model than that it is noise"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import TYPE_CHECKING
 
@@ -104,12 +103,4 @@ def _steps_begun(folder: Path) -> int | None:
 def _dry_run(config: RunConfig, folder: Path, *, as_json: bool) -> int:
     from openelm.train.plan import plan_run
 
-    plan = plan_run(config, folder)
-    if as_json:
-        print(json.dumps(plan))
-        return 0
-    width = max(map(len, plan))
-    for name, value in plan.items():
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"{name.replace('_', ' '):<{width}}  {text}")
-    return 0
+    return runs.show(plan_run(config, folder), as_json=as_json)

@@ -120,13 +120,12 @@ def planned(args: argparse.Namespace, source: Path) -> list[Revision]:
         refuse_adapter(source)
         raise UserError(f"{source} is neither a run folder nor a model folder: give one, and then OWNER/NAME")
     if args.revision in [f"step-{step}" for step in steps]:
-        raise UserError(
-            f"--revision {args.revision} is the branch of a checkpoint: choose another name for the model's"
-        )
+        raise UserError(f"--revision {args.revision} is the branch of a checkpoint: name the model's otherwise")
     first = planned_model(args, source, model, logs, [f"step-{step}" for step in steps])
     others = ("run/", "model.safetensors", "model-")
     beside = {name: size for name, size in first.files.items() if not name.startswith(others)}
-    return [first, *(planned_milestone(args.repo, source, step, beside) for step in steps)]
+    base = base_of(source, steps)
+    return [first, *(planned_milestone(args.repo, source, step, beside, base) for step in steps)]
 
 
 def planned_model(
@@ -149,13 +148,12 @@ def planned_model(
     name = args.repo.rpartition("/")[2]
     adapter = source / ADAPTER if is_run(source) and (source / ADAPTER).is_dir() else None
     contents = in_this_repository(args, logs, milestones, quantized=is_quantized(model), adapter=adapter)
-    only = "mlx" if is_quantized(model) else ""
 
     def fill(draft: Path) -> None:
         lay_out(model, draft)
         if adapter is not None:
             lay_out_adapter(adapter, load_config(model)[0], draft)
-        text = published_card(card, name, contents, only=only)
+        text = published_card(card, name, contents, only="mlx" if is_quantized(model) else "")
         (draft / "README.md").write_text(without_secrets(text), encoding="utf-8")
         for place, file in logs.items():
             (draft / place).parent.mkdir(parents=True, exist_ok=True)
@@ -170,12 +168,11 @@ def planned_model(
     return Revision(args.revision, message, sizes, fill, OUTDATED)
 
 
-def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int]) -> Revision:
+def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int], base: Source | None) -> Revision:
     """A checkpoint as a model, in the dtype of the run's model and with the small files ``beside`` it.
 
-    One of an adapter goes up merged, and by itself too, as the run's model does.
+    One of an adapter goes up merged into ``base``, and by itself too, as the run's model does.
     """
-    from openelm.interop.adapter import CONFIG
     from openelm.interop.card import milestone_card
     from openelm.interop.source import Source, read_text
     from openelm.model.folder import load_config, write_model
@@ -184,7 +181,6 @@ def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int]) -
 
     model, path = run / "model", checkpoints(run).path(step)
     config, dtype = load_config(path)[0], load_config(model)[1]
-    base = base_of(path) if (path / CONFIG).is_file() else None
     if base is not None:
         base = replace(base, config=config)  # its tokenizer is the run's
         config = merged(base, path, untie=True).config
@@ -207,19 +203,25 @@ def planned_milestone(repo: str, run: Path, step: int, beside: dict[str, int]) -
     return Revision(f"step-{step}", f"Step {step}", sizes, fill, ("*",))
 
 
-def base_of(checkpoint: Path) -> Source:
-    """The model that a checkpoint's adapter belongs to; UserError where it is gone."""
-    from openelm.interop.adapter import read_config
+def base_of(run: Path, steps: Sequence[int]) -> Source | None:
+    """The model that a run's checkpoints are adapters of, if they are; UserError where it is gone, or another now."""
+    from openelm.interop.adapter import CONFIG, read_config
     from openelm.interop.convert import open_source
+    from openelm.tune.beginning import is_base
 
-    base = read_config(checkpoint)[1]
+    first = checkpoints(run).path(steps[0]) if steps else run
+    if not (first / CONFIG).is_file():
+        return None
     try:
-        return open_source(base)
+        base = open_source(read_config(first)[1])
+        if not is_base(run, base):
+            raise UserError(f"{base.origin} is another model now than {run} began from")
     except UserError as error:
         raise UserError(
-            f"{checkpoint} holds an adapter, which is published with the model that it belongs to ({error}): put that "
+            f"{first} holds an adapter, which is published with the model that it belongs to ({error}): put that "
             "model back, or pass --milestones none"
         ) from error
+    return base
 
 
 def lay_out_adapter(folder: Path, config: ModelConfig, draft: Path) -> None:

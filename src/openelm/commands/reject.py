@@ -176,9 +176,11 @@ def settings(args: argparse.Namespace, engine: Engine, prompts: Sequence[Prompt]
     from openelm.train.checkpoint import sha256
     from openelm.tune.rejection import digest_of_prompts
 
+    folder = model_folder(args.model)
+    files = [folder / "config.json", *safetensors_files(folder, "model")]
     names = ("samples", "temperature", "top_k", "top_p", "max_tokens", "seed", "chat", "empty_system_turn")
     return {
-        "model": [sha256(file) for file in safetensors_files(model_folder(args.model), "model")],
+        "model": [sha256(file) for file in files],
         "dtype": str(engine.model.output_weight.dtype).removeprefix("torch."),
         "tokenizer": engine.tokenizer.fingerprint,
         "prompts": digest_of_prompts(prompts),

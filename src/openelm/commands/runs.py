@@ -59,7 +59,7 @@ def show(plan: dict[str, Any], *, as_json: bool) -> int:
         if isinstance(value, dict):
             text = ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in value.items() if count)
         else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         print(f"{name.replace('_', ' '):<{width}}  {text}")
     for note in notes:
         print(note)
@@ -129,7 +129,9 @@ def _closing_words(summary: dict[str, Any], folder: Path, report: str) -> str:
                 line += f", accuracy {found['accuracy']:.3f} ± {found['accuracy_stderr']:.3f}"
             lines.append(line)
     if "sample" in summary:
-        lines += ["", "the model writes:", "", summary["sample"]["prompt"] + summary["sample"]["text"]]
+        prompt, text = summary["sample"]["prompt"], summary["sample"]["text"]
+        # A tuned model answers; another goes on in the middle of a word.
+        lines += ["", "the model writes:", "", f"{prompt}\n> {text}" if "held_out" in summary else prompt + text]
     lines += ["", f"report: {report}", f"model:  {folder / 'model'}"]
     if (folder / "adapter").is_dir():
         lines.append(f"adapter: {folder / 'adapter'}")

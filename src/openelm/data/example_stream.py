@@ -57,9 +57,21 @@ class ExampleBatch(Batch):
 class PairBatch(ExampleBatch):
     """(2P, T): the chosen answers of P pairs, then the rejected ones in the same order; ``examples`` are the pairs'."""
 
+    fixed: bool = False
+
     def weight(self) -> int:
         """What the loss, summed over the batch, is divided by: the pairs."""
         return len(self.examples)
+
+    def answers(self) -> tuple[Batch, Batch]:
+        """(P, T) each: the chosen and the rejected, as wide as their own longest row, unless the width is ``fixed``."""
+        P, T = len(self.examples), self.tokens.shape[1]
+        halves = []
+        for rows in (slice(None, P), slice(P, None)):
+            counts_T = (self.targets[rows] != IGNORE).any(axis=0)  # the last of an answer does, and it ends its row
+            width = T if self.fixed else min(T, _rounded(T - int(counts_T[::-1].argmax())))
+            halves.append(Batch(self.tokens[rows, :width], self.targets[rows, :width]))
+        return halves[0], halves[1]
 
 
 class ExampleSteps:
@@ -184,15 +196,10 @@ class ExampleSteps:
             parts = [[item for item in row if isinstance(item, Example)] for row in found]
         lengths = [sum(len(example.ids) - 1 for example in row) for row in parts]
         tokens, targets, segments = self._arrays(parts, self._width(max(lengths)))
-        kind = PairBatch if self._is_pairs else ExampleBatch
-        return kind(
-            tokens,
-            targets,
-            segments if self._packs else None,
-            examples=examples,
-            seed=seed,
-            read=sum(lengths),
-        )
+        given: dict[str, Any] = dict(examples=examples, seed=seed, read=sum(lengths))
+        if self._is_pairs:
+            return PairBatch(tokens, targets, **given, fixed=self._fixed)
+        return ExampleBatch(tokens, targets, segments if self._packs else None, **given)
 
     def _arrays(self, parts: list[list[Example]], width: int) -> tuple[NDArray[np.int64], ...]:
         """Tokens, targets and segments, numbered from 0 in each row, of rows of examples."""
@@ -214,7 +221,7 @@ class ExampleSteps:
     def _width(self, longest: int) -> int:
         if self._fixed:
             return self._row_length
-        return min(self._row_length, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+        return min(self._row_length, _rounded(longest))
 
 
 def once(
@@ -249,6 +256,10 @@ def packed(order: Sequence[int], lengths: Sequence[int], row_length: int) -> Row
                 del open_rows[0]
         insort(open_rows, (room - lengths[index], row))
     return rows
+
+
+def _rounded(width: int) -> int:
+    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def _sequences(item: Example | Pair) -> tuple[Example, ...]:

@@ -86,11 +86,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples, or all pairs, of some sources; ``account`` says what became of their records."""
+    """All examples, or all pairs, of some sources; ``account`` says what became of their records.
+
+    ``chat``: some went through the chat template.
+    """
 
     train: list[Example] | list[Pair]
     held_out: list[Example] | list[Pair]
     account: dict[str, int]
+    chat: bool
 
 
 def read_examples(
@@ -103,9 +107,9 @@ def read_examples(
 ) -> Examples:
     """Every record of the sources, in their order, as examples.
 
-    A fraction ``held_out``, chosen by a hash of the prompt, is not trained on: no prompt is on both sides. At most
-    ``validation`` of those are given. UserError: sources of pairs and of examples, a record that is not of its
-    source's format, nothing left to train on.
+    A fraction ``held_out``, chosen by a hash of the prompt as far as it is kept, is not trained on: no prompt of one
+    format is on both sides. At most ``validation`` of those are given. UserError: sources of pairs and of examples, a
+    record that is not of its source's format, nothing left to train on.
     """
     if len({source.format == "preference" for source in sources}) > 1:
         formats = ", ".join(f"{source.name}: {source.format}" for source in sources)
@@ -113,15 +117,18 @@ def read_examples(
     account = Counter(dict.fromkeys(("records", "trained_on", "held_out", "held_out_unused", *DROPPED, *CUT), 0))
     train: list[Any] = []
     held: list[Any] = []
+    chat = False
     for source in sources:
         for where, record in _located(source):
             account["records"] += 1
+            reader = _Reader(source, tokenizer, encoding, where)
             try:
-                prompt, example, cut = _Reader(source, tokenizer, encoding, where).example(record)
+                prompt, example = reader.example(record)
             except _Dropped as dropped:
                 account[str(dropped)] += 1
                 continue
-            account.update(cut)
+            account.update(reader.cut)
+            chat |= reader.chats
             (held if held_out and is_held_out(prompt, held_out) else train).append(example)
     given = sorted(shuffled(len(held), "held_out")[:validation])
     account.update(trained_on=len(train), held_out=len(given), held_out_unused=len(held) - len(given))
@@ -131,7 +138,7 @@ def read_examples(
             f"nothing is left to train on of {account['records']:,} records ({counts or 'the files are empty'}): look "
             "at the records and at data.prompt_length, data.row_length and data.held_out"
         )
-    return Examples(train, [held[index] for index in given], dict(account))
+    return Examples(train, [held[index] for index in given], dict(account), chat)
 
 
 def fingerprint(examples: Sequence[Example] | Sequence[Pair]) -> str:
@@ -161,17 +168,20 @@ class _Reader:
 
     def __init__(self, source: TuneSource, tokenizer: Tokenizer, encoding: Encoding, where: str) -> None:
         self.source, self.tokenizer, self.encoding, self.where = source, tokenizer, encoding, where
-        self._cut: set[str] = set()
+        self.cut: set[str] = set()  # which of CUT was done to the record
+        self.chats = False  # whether it went through the chat template
+        self._prompt_ids: list[int] = []  # that are left of the prompt
 
-    def example(self, record: Record) -> tuple[str, Example | Pair, set[str]]:
-        """What decides whether it is held out, the example, and which of CUT was done to it; _Dropped."""
+    def example(self, record: Record) -> tuple[str, Example | Pair]:
+        """What decides whether it is held out, and the example; _Dropped."""
         prompt: str
         example: Example | Pair
         if self.source.format == "preference":
             prompt, example = self._preference(record)
         else:
             prompt, example = self._chat(record) if self.source.format == "chat" else self._text(record)
-        return prompt, example, self._cut
+        # Prompts that differ only in what is cut off are one.
+        return str(self._prompt_ids) if "cut_prompts" in self.cut else prompt.strip(), example
 
     def _text(self, record: Record) -> tuple[str, Example]:
         source = self.source
@@ -237,7 +247,10 @@ class _Reader:
             talk = [*before, {"role": "assistant", "content": answer}]
         else:
             talk = self._messages(answer, key)
-            is_whole = len(talk) > 1 and (isinstance(prompt, str) or _words(talk).startswith(_words(before)))
+            if isinstance(prompt, str):
+                is_whole = bool(talk) and talk[0].get("role") != "assistant"
+            else:
+                is_whole = len(talk) > 1 and _words(talk).startswith(_words(before))
             talk = talk if is_whole else [*before, *talk]
         if not talk or talk[-1].get("role") != "assistant":
             raise _Dropped("no_answer")
@@ -260,6 +273,7 @@ class _Reader:
         return ids, 1 + common_length(self.tokenizer.encode(prompt), whole)
 
     def _encoded(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        self.chats = True
         try:
             return encode_chat(self.tokenizer, messages, empty_system_turn=self.encoding.empty_system_turn)
         except UserError as error:
@@ -274,12 +288,13 @@ class _Reader:
             if encoding.long_prompts == "drop":
                 raise _Dropped("long_prompt")
             first = start - encoding.prompt_length + 1
-            self._cut.add("cut_prompts")
+            self.cut.add("cut_prompts")
         if start - first + 1 > encoding.row_length:
             raise _Dropped("no_room")
         if end - first > encoding.row_length:
             end = first + encoding.row_length
-            self._cut.add("cut_answers")
+            self.cut.add("cut_answers")
+        self._prompt_ids = ids[first:start]
         kept = np.array([ids[0], *ids[first:end]], dtype=np.int32)
         targets = np.array([False, *counts[first:end]])
         if loss_on == "all":

@@ -129,7 +129,7 @@ def trained_card(
         metadata["model-index"] = [{"name": config.name, "results": [_result(bits_per_byte)]}]
     licence = "To be set by whoever publishes it; it must respect those of the data."
     if start:
-        licence = f"The run began from {base or f'`{Path(start).name}`'}. {_licence(metadata)}"
+        licence = f"The run began from {base or f'`{_name(start)}`'}. {_licence(metadata)}"
     data = "\n".join(f"- {source.name}: `{source.path}`, share {source.share:g}" for source in config.data.sources)
     score = "Not measured." if bits_per_byte is None else f"{bits_per_byte:.3f} bits per byte on held-out text."
     what = (
@@ -155,15 +155,22 @@ def tuned_card(
     how = "fine-tuned" if config.preference is None else f"tuned on preferences ({config.preference.loss} loss)"
     if config.adapter is not None:
         how += f" with {config.adapter.kind}, r {config.adapter.r}, on {', '.join(config.adapter.targets)},"
-    what = (
-        f"{base or f'`{Path(origin).name}`'}, {how} for {steps:,} steps on {tokens:,} tokens with {DISTRIBUTION}\n"
-        f"{__version__}."
-    )
-    licence = f"The run began from {base or f'`{Path(origin).name}`'}. {_licence(metadata)}"
+    began = f"{base}" if hub_id(origin) else f"`{_name(origin)}`"
+    what = f"{began}, {how} for {steps:,} steps on {tokens:,} tokens with {DISTRIBUTION}\n{__version__}."
+    made_from = f", itself made from {base}" if base and base != began else ""
+    licence = f"The run began from {began}{made_from}. {_licence(metadata)}"
     data = "\n".join(f"- {source.name}: `{source.path}`, as {source.format}" for source in config.data.sources)
+    if before := section(parse(base_card or "")[1], "Data"):
+        data += f"\n\nBefore that, by the card of what it began from:\n\n{before}"
     measured = [f"{name.replace('_', ' ')} {score[name]:.3f}" for name in ("loss", "accuracy") if name in score]
     text = f"On held-out examples: {', '.join(measured)}." if measured else "Not measured."
     return render(metadata, _body(config.name, what, licence, data, text, TUNED_RISKS))
+
+
+def _name(origin: str) -> str:
+    """What a model is called by: of a run's model/, the run."""
+    path = Path(origin)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _body(name: str, what: str, licence: str, data: str, score: str, risks: str) -> str:

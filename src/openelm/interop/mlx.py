@@ -81,7 +81,9 @@ def tensors_of(name: str, source: Source, form: Format) -> Iterator[Tensor]:
         yield source.weight(name)
         return
     # Cast first, as mlx_lm.convert does: scales and biases have the dtype of what was quantised.
-    quantized = quantize(source.weight(name).to(form.dtype), BITS[form.quantize], form.group_size)
+    quantized = source.codes.get(name) or quantize(
+        source.weight(name).to(form.dtype), BITS[form.quantize], form.group_size
+    )
     yield quantized.weight
     yield quantized.scales
     yield quantized.biases

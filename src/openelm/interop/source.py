@@ -15,6 +15,7 @@ from torch import Tensor
 from openelm.errors import UserError
 from openelm.model.folder import load_config, open_tensors, tensor_shapes
 from openelm.model.geometry import SIZES, ModelConfig
+from openelm.model.quantize import Quantized
 
 if TYPE_CHECKING:
     from openelm.data.tokenizer import Tokenizer
@@ -38,6 +39,8 @@ class Source:
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
     adapter: str = ""  # name of one that was merged in: the model is then another than its card says
+    # Matrices that were quantised with more care than rounding takes; a format of the same bits writes them as they are.
+    codes: Mapping[str, Quantized] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -56,7 +56,7 @@ def quantize(matrix: Tensor, bits: int, group_size: int) -> Quantized:
     for part in _chunks(rows, columns):
         values_RGS = matrix[part].float().unflatten(-1, (-1, group_size))
         codes_RGS, scales_RG, biases_RG = _round(values_RGS, 2**bits - 1)
-        weight[part] = _pack(codes_RGS.flatten(1), bits)
+        weight[part] = pack(codes_RGS.flatten(1), bits)
         scales[part], biases[part] = scales_RG, biases_RG
     return Quantized(weight, scales, biases, bits, group_size)
 
@@ -92,7 +92,7 @@ def _round(values_RGS: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale.squeeze(-1), bias.squeeze(-1)
 
 
-def _pack(codes_RC: Tensor, bits: int) -> Tensor:
+def pack(codes_RC: Tensor, bits: int) -> Tensor:
     """Bytes of codes -> (R, P) words; a word's first byte is its lowest on every machine that torch runs on."""
     if bits == 4:
         codes_RC = codes_RC[:, 0::2] | codes_RC[:, 1::2] << 4

@@ -19,6 +19,7 @@ from openelm.model.quantize import Quantized, dequantize, packed_columns
 
 PLACES = "openelm.rows"  # in a file's metadata: JSON of {tensor: [first row, shape of the whole]}
 OPEN_FILES = 16  # that a reader keeps open
+OPEN_BYTES = 2**27  # that it reads before it opens them anew: what was read stays in memory till then
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROWS = 4096  # of two matrices that are compared
 
@@ -94,6 +95,7 @@ class StoredTensors:
         self._pieces: dict[str, list[_Piece]] = {}
         self._packings: dict[str, Packing] = {}
         self._opened: dict[Path, Any] = {}
+        self._read_bytes = 0  # from those
         for file in files:
             self._add(file, rename)
         for name, pieces in self._pieces.items():
@@ -164,7 +166,7 @@ class StoredTensors:
         return dequantize(Quantized(weight, scales, biases, packing.bits, packing.group_size))
 
     def raw(self, name: str) -> Tensor | Quantized:
-        """A whole tensor as it is stored. What is not cut stands on the file's own pages: it is not to be written to."""
+        """A whole tensor as it is stored. One that is not cut stands on the file's own pages: do not write to it."""
 
         def whole(part: str) -> Tensor:
             pieces = self._pieces[part]
@@ -172,7 +174,8 @@ class StoredTensors:
 
         if (packing := self._packings.get(name)) is None:
             return whole(name)
-        return Quantized(*map(whole, _triple(name)), packing.bits, packing.group_size)
+        weight, scales, biases = map(whole, _triple(name))
+        return Quantized(weight, scales, biases, packing.bits, packing.group_size)
 
     def _read(self, name: str, first_row: int, rows: int | None) -> Tensor:
         """The same for a tensor as it is stored."""
@@ -225,11 +228,14 @@ class StoredTensors:
     def _mapped(self, piece: _Piece) -> Tensor:
         """A piece as the file's own pages: nothing is read before it is used, and it must not outlive the file."""
         try:
+            full = piece.file not in self._opened and len(self._opened) >= OPEN_FILES
+            if full or self._read_bytes >= OPEN_BYTES:
+                self._opened.clear()
+                self._read_bytes = 0
             if piece.file not in self._opened:
-                if len(self._opened) >= OPEN_FILES:
-                    self._opened.clear()
                 self._opened[piece.file] = safe_open(piece.file, framework="pt")
             tensor: Tensor = self._opened[piece.file].get_tensor(piece.stored)
+            self._read_bytes += tensor.nbytes
             return tensor
         except (SafetensorError, OSError) as error:
             raise _unreadable(piece.file, error) from error

@@ -223,7 +223,8 @@ def _check_seen(folder: Path, world: World) -> None:
     def look() -> None:
         if not (folder / "tokenizer").is_dir():
             raise UserError(
-                f"rank {world.rank} does not see {folder}: it must be on a file system that all ranks share"
+                f"rank {world.rank} does not see {folder / 'tokenizer'}: a run folder must be whole, and on a file "
+                "system that all ranks share"
             )
 
     world.each(look)

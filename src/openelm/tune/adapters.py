@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.interop.adapter import (
     EMBEDDING,
@@ -28,7 +29,7 @@ from openelm.interop.adapter import (
     read_tensor,
     shapes,
 )
-from openelm.interop.source import Source, open_folder, read_text
+from openelm.interop.source import TOKENIZER_FILES, Source, open_folder, read_text, with_tokenizer
 from openelm.interop.verify import compare, reference_logits, some_rows
 from openelm.model.stored import StoredTensors
 from openelm.model.transformer import OpenELM
@@ -73,7 +74,8 @@ def initial_values(
 
     Those of the model itself come from ``read_base``, by their names there; the adapter's are drawn as peft draws them,
     each tensor by a generator of its own, seeded by its place. ``dtype`` is what the model computes in: DoRA's
-    magnitudes are the norms in it, so that the adapter changes nothing to the bit.
+    magnitudes are the norms of the weights in it. Once rounded to it they are what they are divided by, so that the
+    adapter changes nothing to the bit.
     """
     norms: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
@@ -82,7 +84,7 @@ def initial_values(
             weight = read_base(name.replace(".base_layer.", ".")).float()
             if adapter.kind == "dora" and ".base_layer." in name:
                 own = name.partition(".base_layer.")[0]
-                norms[own] = _norm(weight.to(dtype), own).float()
+                norms[own] = _norm(weight.to(dtype).float(), own)
             yield name, weight
             continue
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
@@ -128,9 +130,10 @@ def merged(source: Source, adapter_folder: Path, *, untie: bool, name: str = "")
 
     An adapter on an embedding that is the output layer too needs ``untie``: the result has an output layer of its own,
     which is the embedding as it was. UserError without, and where the adapter belongs to another model. The adapter is
-    called ``name`` in the result, by default as its folder.
+    called ``name`` in the result, by default as its folder. A tokenizer and a chat template beside it are the result's.
     """
     adapter, stored = open_adapter(adapter_folder, source.config)
+    source = _with_own_tokenizer(source, adapter_folder)
     config, name = source.config, name or adapter_folder.resolve().name
     apart = changes_output(adapter, config)
     if apart and not untie:
@@ -158,6 +161,19 @@ def merged(source: Source, adapter_folder: Path, *, untie: bool, name: str = "")
         chat_template=read_text(adapter_folder / "chat_template.jinja") or source.chat_template,
         notes=(*source.notes, note, *(["embedding and output layer are two matrices now"] if apart else [])),
     )
+
+
+def _with_own_tokenizer(source: Source, adapter_folder: Path) -> Source:
+    """The model with the tokenizer that its adapter was trained with, where that was kept beside it."""
+    if not any((adapter_folder / name).is_file() for name in TOKENIZER_FILES):
+        return source
+    try:
+        return with_tokenizer(source, Tokenizer.load(adapter_folder))
+    except UserError as error:
+        raise UserError(
+            f"{adapter_folder} holds a tokenizer that cannot be the model's ({error}): to keep the model's own, take "
+            "that one's files away"
+        ) from error
 
 
 @dataclass(frozen=True)

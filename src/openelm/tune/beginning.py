@@ -19,6 +19,7 @@ from openelm.errors import UserError
 from openelm.interop.adapter import Adapter, modules, shapes
 from openelm.interop.convert import open_source
 from openelm.interop.source import Source, with_tokenizer
+from openelm.model.geometry import FIXED
 from openelm.model.transformer import OpenELM
 from openelm.train import parts
 from openelm.train.parallel import pick_device
@@ -78,16 +79,26 @@ def open_all(config: TuneConfig, own_tokenizer: Path | None) -> Opened:
         validation=data.validation_examples,
     )
     facts = {
-        "model": _digest(source),
+        "model": digest(source),
         "examples": fingerprint([*examples.train, *examples.held_out]),
         "account": examples.account,
     }
     return Opened(source, tokenizer, adapter, examples, facts)
 
 
-def _digest(source: Source) -> str:
-    """SHA-256 of a model's weights, the same in any format that keeps their bits."""
-    total = hashlib.sha256()
+# What a model computes from its weights hangs on these too; that the context is longer changes no figure.
+GEOMETRY = (
+    *("model_dim", "num_transformer_layers", "head_dim", "num_gqa_groups", "num_query_heads", "num_kv_heads"),
+    *("ffn_dims", "vocab_size", "rope_freq_constant", "normalize_qk_projections", "share_input_output_layers"),
+    *FIXED,
+)
+
+
+def digest(source: Source) -> str:
+    """SHA-256 of a model's geometry and weights, the same in any format that keeps their bits."""
+    geometry = {name: getattr(source.config, name) for name in GEOMETRY}
+    geometry["rope_freq_constant"] = float(geometry["rope_freq_constant"])  # files write 10000 and 10000.0
+    total = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
     for name, shape in source.shapes.items():
         tensor = source.weight(name)
         total.update(f"{name} {tuple(shape)} {tensor.dtype}".encode())
@@ -98,15 +109,15 @@ def _digest(source: Source) -> str:
 def check_same(run: Path, opened: Opened) -> None:
     """Refuse to go on with another model, or other examples, than the run began with."""
     try:
-        began = json.loads((run / DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        began = dict(json.loads((run / DATA).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"{run / DATA} cannot be read ({error}): put it back as it was, or start anew with --overwrite"
         ) from error
     if began.get("model") != opened.facts["model"]:
         raise UserError(
-            f"{run} began with other weights than {opened.source.origin} has now: put that model back, or choose "
-            "another --run"
+            f"{run} began with other weights than {opened.source.origin} has now, or with another geometry: put that "
+            "model back, or choose another --run"
         )
     if began.get("examples") != opened.facts["examples"]:
         was, now = began.get("account"), opened.facts["account"]
@@ -114,6 +125,15 @@ def check_same(run: Path, opened: Opened) -> None:
             f"{run} began with other examples than data.sources give now ({was} then, {now} now): put the files back, "
             "or choose another --run"
         )
+
+
+def is_base(run: Path, source: Source) -> bool:
+    """Whether this is the model that a tuning run began from; True too where its folder does not tell."""
+    try:
+        began = dict(json.loads((run / DATA).read_text(encoding="utf-8"))).get("model")
+    except (OSError, TypeError, ValueError):
+        return True
+    return began is None or began == digest(source)
 
 
 def reference_place(opened: Opened, dtype: torch.dtype) -> tuple[Path, str]:
@@ -156,11 +176,18 @@ def outlook(config: TuneConfig, run: Path) -> dict[str, Any]:
 
 
 def steps_begun(run: Path) -> int:
-    """The steps that a run was begun with; 0 where its config.yaml does not say (what is wrong then is said later)."""
+    """The steps that a tuning run was begun with; 0 where its config.yaml cannot be read (others say what is wrong).
+
+    UserError: it is a run of another kind.
+    """
     try:
-        return int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"])
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        model, steps = dict(config["model"]), int(config["train"]["steps"])
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
         return 0
+    if "path" not in model:
+        raise UserError(f"{run} is a run of `openelm pretrain`: choose another --run, and model.path={run} to tune it")
+    return steps
 
 
 def account(opened: Opened) -> str:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openelm.data.packing import IGNORE
+from openelm.data.packing import IGNORE, Batch
 from openelm.errors import UserError
 from openelm.train.loop import LossFunction
 
@@ -38,16 +39,21 @@ def preference_loss(loss: str, beta: float, label_smoothing: float, reference: T
         if model.training:
             torch.manual_seed(batch.seed)  # dropout is drawn by the rows, whoever computes them and after any resume
         device = next(model.parameters()).device
-        tokens_BT, targets_BT, segments_BT = batch.tensors(device)
-        # Chosen and rejected side by side, (P, 2).
-        log_p_BT = model(tokens_BT, targets_BT, segments_BT, log_probs=True, counted=batch.counted())
-        log_p = log_p_BT.sum(dim=1).view(2, -1).T
-        lengths = (targets_BT != IGNORE).sum(dim=1).view(2, -1).T
+        halves = batch.answers()
+        # One after the other: where activations are computed again, only those of one half are there at a time.
+        log_p = torch.stack([_log_probs(model, half, device) for half in halves], dim=1)
+        lengths = torch.from_numpy(np.stack([(half.targets != IGNORE).sum(axis=1) for half in halves], axis=1))
         ratios = log_p - reference[torch.from_numpy(batch.examples)].to(log_p)
-        losses_P = _losses(loss, beta, label_smoothing, ratios, lengths)
+        losses_P = _losses(loss, beta, label_smoothing, ratios, lengths.to(device))
         return losses_P.sum(), _metrics(beta * ratios.detach(), log_p.detach())
 
     return loss_fn
+
+
+def _log_probs(model: nn.Module, answers: Batch, device: torch.device) -> Tensor:
+    """(P,) fp32: of each answer, summed over its tokens."""
+    log_p_PT: Tensor = model(*answers.tensors(device), log_probs=True, counted=answers.weight())
+    return log_p_PT.sum(dim=1)
 
 
 def check(loss: str, beta: float, label_smoothing: float) -> None:

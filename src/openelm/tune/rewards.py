@@ -24,17 +24,18 @@ from openelm.tune.rejection import Prompt, Reward
 
 PREFIX = "python:"
 FORMS = "python:FILE.py:FUNCTION, python:MODULE:FUNCTION, or a classifier's folder or Hub id"
+SMALL = (".json", ".jinja", ".model", ".txt")  # a vocabulary may be any of these
 TOKENS_AT_ONCE = 8192  # that a classifier reads, padding included
 
 
 def open_reward(reference: str, label: str | None, device: torch.device) -> tuple[Reward, str]:
-    """The reward, and a digest of what it is made of: a function's file, a classifier's weights.
+    """The reward, and a digest of what it is made of: a function's file, a classifier's model and tokenizer.
 
     What begins with "python:" is a function, anything else a classifier; ``label`` names one of its outputs.
     """
     if not reference.startswith(PREFIX):
         folder = _classifier_folder(reference)
-        return Classifier(reference, folder, label, device), _digest([folder / "config.json", *_weights(folder)])
+        return Classifier(reference, folder, label, device), _digest(_small_files(folder) + _weights(folder))
     if label is not None:
         raise UserError(f"--reward-label {label} goes with a classifier, and {reference} is a function: leave it out")
     module, function = _imported(reference)
@@ -46,7 +47,7 @@ def _digest(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+            total.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()
 
 
@@ -139,6 +140,11 @@ def _classifier_folder(reference: str) -> Path:
     return folder
 
 
+def _small_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and chat template, under whatever names this kind of tokenizer has them."""
+    return sorted(file for file in folder.iterdir() if file.suffix in SMALL and file.is_file())
+
+
 def _weights(folder: Path) -> list[Path]:
     try:
         return safetensors_files(folder, "model")
@@ -172,7 +178,7 @@ class Classifier:
             raise UserError(f"--reward {reference}: its tokenizer cannot be opened ({_line(error)})") from error
         self._tokenizer.padding_side, self._tokenizer.truncation_side = "right", "left"
         config = self._model.config.get_text_config()
-        sizes = (self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        sizes = (self._tokenizer.model_max_length, _positions(self._model, config))
         self._longest = min((size for size in sizes if size), default=None)
         # Padding that the model does not know for such would be read as text.
         self._pads = config.pad_token_id is not None and config.pad_token_id == self._tokenizer.pad_token_id
@@ -255,6 +261,14 @@ def _model(reference: str, folder: Path, device: torch.device) -> Any:
             "as a sequence classifier"
         )
     return model.to(device=device, dtype=native_dtype(model.dtype, device)).eval()
+
+
+def _positions(model: Any, config: Any) -> int | None:
+    """How many tokens have a position; None where the model does not say."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
+            return config.max_position_embeddings - int(module.padding_idx) - 1  # RoBERTa counts from behind padding
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _output(reference: str, config: Any, label: str | None) -> tuple[int, bool]:

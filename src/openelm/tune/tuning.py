@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from openelm.data import instructions
 from openelm.data.chat import CHAT_TEMPLATE, HANDBOOK_TEMPLATE, encode_chat
 from openelm.data.example_stream import once
 from openelm.data.loader import Step
-from openelm.data.pairs import Example
+from openelm.data.pairs import Example, Pair
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.files import disk_errors_named, remove_drafts, whole_folder
@@ -81,6 +81,10 @@ class Tuning:
             self._make_room(opened)
         config = self.config.with_steps(example_steps(self.config, opened).rows_in(self.config.train.epochs or 0))
         notes = check_start(run, config, resume=resume, overwrite=overwrite)
+        if config.adapter and config.adapter.dropout and any("train.micro_batch" in note for note in notes):
+            notes.append(
+                "dropout is drawn for a micro-batch: with another train.micro_batch it is another from here on"
+            )
         if not resume:
             create(run, config, opened.source.config, opened.tokenizer, opened.facts)
         return Begun(config, resume, [*notes, *remarks(config, opened), account(opened)], opened.facts)
@@ -125,7 +129,12 @@ class Tuned:
         )
 
     def prepare(self) -> None:
-        """The losses; those of pairs need what the model, as it begins, thinks of all of them."""
+        """The losses, and the scores, of the model as it begins; losses of pairs need what that thinks of all pairs."""
+        self._make_losses()
+        # Of pairs, nothing: against itself a model prefers no answer.
+        self._before = self.score() if self.config.preference is None else {}
+
+    def _make_losses(self) -> None:
         if self.config.preference is None:
             self._loss = self._held_out_loss = example_loss(self.config.train.z_loss)
             return
@@ -151,19 +160,20 @@ class Tuned:
         """Of examples, or of pairs."""
         return self._loss
 
-    @property
+    @cached_property
     def reckoning(self) -> Reckoning:
-        """A step's weight: answers' tokens, or pairs."""
-        config, geometry, examples = self.config, self.opened.source.config, self.opened.examples
+        """A step's weight: answers' tokens, or pairs. FLOPs are those of examples of the mean length."""
+        config, geometry = self.config, self.opened.source.config
         rows, row_length = config.train.global_batch, config.data.row_length
-        flops = geometry.train_flops_per_token(row_length)
-        # Frozen matrices have no gradient of their own: two products of three.
-        flops = flops if self.opened.adapter is None else flops * 2 // 3
+        items: list[Any] = [*self.opened.examples.train]
+        examples = [example for item in items for example in _examples_of(item)]
+        flops = geometry.train_flops_per_token(sum(len(example.ids) - 1 for example in examples) // len(examples))
+        if self.opened.adapter is not None:
+            flops -= 2 * geometry.matmul_parameters()  # frozen matrices have no gradient of their own
         if config.preference is not None:
             return Reckoning(rows, flops, f"{rows} pairs of at most {row_length} tokens an answer")
-        steps = example_steps(config, self.opened)
-        counted = sum(int(item.counts.sum()) for item in examples.train if isinstance(item, Example))
-        a_row = max(1, counted // steps.rows_in(1))
+        counted = sum(int(example.counts.sum()) for example in examples)
+        a_row = max(1, counted // example_steps(config, self.opened).rows_in(1))
         return Reckoning(rows * a_row, flops, f"{rows} rows of at most {row_length} tokens")
 
     def restore(self, stream: dict[str, Any]) -> None:
@@ -208,12 +218,12 @@ class Tuned:
         return [self._prompt(text) for text in self.config.train.sample_prompts]
 
     def _prompt(self, text: str) -> list[int]:
-        form = self.config.data.sources[0].format
-        if form in ("chat", "preference"):
+        if self.opened.examples.chat:
             turn = [{"role": "user", "content": text}]
             empty = self.config.data.empty_system_turn
             return encode_chat(self.tokenizer, turn, empty_system_turn=empty, add_generation_prompt=True)[0]
-        return self.tokenizer.encode(instructions.prompt({"instruction": text}) if form == "commonsense" else text)
+        instructs = self.config.data.sources[0].format == "commonsense"
+        return self.tokenizer.encode(instructions.prompt({"instruction": text}) if instructs else text)
 
     def card(self, steps: int, tokens: int, score: dict[str, float]) -> str:
         """The README of the tuned model, and of its adapter."""
@@ -222,9 +232,8 @@ class Tuned:
     def write_model(self, folder: Path, read: Callable[[str], Tensor], card: str) -> None:
         """A model folder; of an adapter, its own folder too, and the model with it merged in."""
         opened, form = self.opened, self.form
-        chats = {source.format for source in self.config.data.sources} & {"chat", "preference"}
         template = HANDBOOK_TEMPLATE if self.config.data.empty_system_turn else CHAT_TEMPLATE
-        template = template if chats else (opened.source.chat_template or "")
+        template = template if opened.examples.chat else (opened.source.chat_template or "")
         if form.adapter is None:
             source = replace(opened.source, read=read)
         else:
@@ -242,7 +251,8 @@ class Tuned:
 
     def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
         """The scores, and what became of the records."""
-        return {"held_out": scores, "examples": self.opened.examples.account}
+        before = {"before": self._before} if self._before else {}
+        return {"held_out": {**before, **scores}, "examples": self.opened.examples.account}
 
 
 def _build(config: TuneConfig, opened: Opened, world: World, dtype: torch.dtype) -> OpenELM:
@@ -279,6 +289,10 @@ def _reference(config: TuneConfig, opened: Opened, world: World, dtype: torch.dt
         base=partial(adapters.switched_off, model),
         length=config.data.row_length if config.train.compile else None,
     )
+
+
+def _examples_of(item: Example | Pair) -> tuple[Example, ...]:
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
 
 
 def example_loss(z_loss: float) -> loop.LossFunction:

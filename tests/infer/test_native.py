@@ -1,0 +1,389 @@
+"""The C++ decoder against torch, on every set of instructions that this CPU has; skipped where it is not built."""
+
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import small_models
+from openelm.errors import UserError
+from openelm.infer import native
+from openelm.infer.native import NativeModel
+from openelm.interop.convert import convert
+from openelm.interop.source import open_folder
+from openelm.interop.target import Format
+from openelm.model.cache import Cache
+from openelm.model.folder import load_model, open_tensors, save_model
+from openelm.model.geometry import ModelConfig
+from openelm.model.quantize import Quantized, dequantize, fits, quantize
+from openelm.model.transformer import OpenELM
+
+built = pytest.mark.skipif(not native.available(), reason="the CPU decoder is not built")
+# Nothing is a multiple of 16 here, and three queries share a key.
+ODD: dict[str, Any] = dict(
+    model_dim=50,
+    num_transformer_layers=2,
+    head_dim=10,
+    num_gqa_groups=3,
+    qkv_multipliers=(0.6, 1.2),
+    ffn_multipliers=(0.5, 1.5),
+    ffn_dim_divisor=7,
+    vocab_size=77,
+    share_input_output_layers=False,
+    normalize_qk_projections=False,
+    max_context_length=600,
+)
+LENGTH = 40
+
+
+class RoundedCache(Cache):
+    """A cache that holds what the decoder's holds: keys and values rounded to bf16."""
+
+    def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        return super().append(layer, k_BGTK.bfloat16().float(), v_BGTK.bfloat16().float())
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """Activations as they come back from 8 bits, a scale for each group; the last may be short."""
+    whole = torch.nn.functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    scale = whole.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((whole / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+@torch.no_grad()
+def reference(model: OpenELM, ids: Tensor, group: int | None = None) -> Tensor:
+    """Logits (T, V) of torch in fp32 with a cache in bf16, activations rounded to 8 bits in groups where given."""
+
+    def round_input(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (rounded(inputs[0], group),) if group else inputs
+
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [module.register_forward_pre_hook(round_input) for module in linear]
+    cache = RoundedCache(model.config, 1, len(ids))
+    (hidden,) = round_input(model, (model.hidden(ids[None], cache=cache)[0],))
+    for hook in hooks:
+        hook.remove()
+    return hidden @ model.output_weight.T
+
+
+def random_ids(config: ModelConfig, count: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(0, config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def token_by_token(model: NativeModel, ids: Tensor) -> Tensor:
+    sequence = model.new_sequence(len(ids))
+    return torch.stack([model.decode(sequence, id).clone() for id in ids.tolist()])
+
+
+def distance(logits: Tensor, expected: Tensor) -> float:
+    """The largest difference, in standard deviations of the logits."""
+    return float((logits - expected).abs().max() / expected.std())
+
+
+@pytest.fixture(params=["uneven", "odd"])
+def folder(request, tmp_path, golden_weights) -> Path:
+    """A model in bf16: uneven layers, or widths that fill no tile."""
+    model = small_models.make(golden_weights, **(ODD if request.param == "odd" else {}))
+    return save_model(model, tmp_path / "model", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def uneven(tmp_path, golden_weights) -> Path:
+    return save_model(small_models.make(golden_weights), tmp_path / "model", dtype=torch.bfloat16)
+
+
+def isas() -> list[str]:
+    return native.kernels() if native.available() else ["none"]
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_decoding_gives_torch_logits(folder, isa, threads):
+    expected = load_model(folder, dtype=torch.float32)
+    ids = random_ids(expected.config)
+    logits = token_by_token(NativeModel.load(folder, isa=isa, threads=threads), ids)
+    # Weights and cache are the same numbers, the order of sums is not; a key between two numbers may round either way.
+    assert distance(logits, reference(expected, ids)) < 2e-3
+
+
+@built
+def test_golden_logits_of_corenet(tmp_path, golden, golden_tiny, golden_weights):
+    model = OpenELM(ModelConfig(**golden("tiny")["config"]))
+    model.load_state_dict(golden_weights(model, golden("tiny")["seed"]))
+    folder = save_model(model, tmp_path / "model")  # in fp32: the decoder takes it as bf16
+    tokens, expected = golden_tiny["tokens"][:-1], golden_tiny["logits"]
+    logits = token_by_token(NativeModel.load(folder), tokens)
+    assert distance(logits, expected) < 0.1  # the weights' rounding
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.bfloat16().float()
+    assert distance(logits, reference(model, tokens)) < 2e-3
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
+
+
+def assert_same_rounding(model: NativeModel, expected: OpenELM, group: int | None) -> None:
+    """Activations must be rounded as in ``reference``, to the same codes.
+
+    One that stands on the edge between two codes may go either way, moves a logit by a hundredth, and with it all that
+    follows. So most single tokens must agree, and of a text no more than what rounding costs is asked.
+    """
+    ids = random_ids(expected.config)
+    alone = [
+        distance(model.decode(model.new_sequence(1), int(id)), reference(expected, id[None], group)[0]) for id in ids
+    ]
+    assert sorted(alone)[len(alone) // 2] < 1e-3
+    logits, wanted = token_by_token(model, ids), reference(expected, ids, group)
+    assert (logits - wanted).std() / wanted.std() < 0.05
+    assert distance(logits, wanted) < 0.3
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16])
+def test_quantised_folder_is_read_as_it_is(tmp_path, uneven, isa, bits, scales):
+    convert(open_folder(uneven), "mlx", tmp_path / "mlx", Format(scales, f"{bits}bit", 32))
+    expected, stored = load_model(tmp_path / "mlx", dtype=torch.float32), open_tensors(tmp_path / "mlx")
+    for name, parameter in expected.named_parameters():
+        if isinstance(packed := stored.raw(name), Quantized):  # not rounded to the dtype of its scales, as torch has it
+            exact = replace(packed, scales=packed.scales.float(), biases=packed.biases.float())
+            parameter.data = dequantize(exact)
+    assert_same_rounding(NativeModel.load(tmp_path / "mlx", isa=isa), expected, 32)
+    with pytest.raises(UserError, match=f"quantised to {bits} bits already"):
+        NativeModel.load(tmp_path / "mlx", bits=12 - bits)
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_at_load(folder, isa, bits):
+    expected = load_model(folder, dtype=torch.float32)
+    for parameter in expected.parameters():
+        if parameter.dim() == 2 and bits == 8:
+            scale = parameter.abs().amax(1, keepdim=True) / 127
+            parameter.data = (parameter * (1 / scale)).round() * scale
+        elif fits(tuple(parameter.shape), 32) and bits == 4:
+            packed = quantize(parameter.bfloat16(), 4, 32)
+            parameter.data = dequantize(replace(packed, scales=packed.scales.float(), biases=packed.biases.float()))
+    plain = bits == 4 and expected.config.model_dim == ODD["model_dim"]  # no row is groups of 32: it stays in bf16
+    group = None if plain else 32 if bits == 4 else 64
+    assert_same_rounding(NativeModel.load(folder, isa=isa, bits=bits), expected, group)
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_prompt_at_once_is_the_same_as_token_by_token(folder, isa, bits):
+    model = NativeModel.load(folder, bits=bits, isa=isa, threads=2)
+    # Beyond a block of every size, and in the larger model beyond the 264 tokens that go through the layers together.
+    ids = random_ids(model.config, min(model.config.max_context_length, 311))
+    one_by_one = token_by_token(model, ids)
+    # AVX-512 multiplies bf16 with bf16: a prompt's activations lose 2^-9 of their size. Else nothing may change.
+    in_bf16 = isa == "avx512" and (bits is None or model.config.model_dim == ODD["model_dim"])
+    tolerance = 0.1 if in_bf16 else 1e-4
+    for length in [*range(1, 30), 63, len(ids)]:
+        sequence = model.new_sequence(len(ids))
+        assert distance(model.prefill(sequence, ids[:length]), one_by_one[length - 1]) < tolerance, length
+        assert sequence.length == length
+    all_at_once = model.verify(model.new_sequence(len(ids)), ids)
+    assert distance(all_at_once, one_by_one) < tolerance
+    assert (all_at_once - one_by_one).std() / one_by_one.std() < tolerance / 10
+    few = model.verify(model.new_sequence(4), ids[:4])
+    assert distance(few, one_by_one[:4]) < 1e-4
+
+
+@built
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_truncated_sequence_goes_on_like_a_new_one(uneven, bits):
+    model = NativeModel.load(uneven, bits=bits, threads=2)
+    ids, other = random_ids(model.config), random_ids(model.config, seed=1)
+    sequence = model.new_sequence(64)
+    for kept in (25, 24, 16, 3, 0):
+        new = model.new_sequence(64)
+        for one in (sequence, new):
+            one.truncate(0)
+            for id in other[:kept].tolist():
+                model.decode(one, id)
+        model.prefill(sequence, other[kept:])
+        sequence.truncate(kept)
+        for id in ids[:5].tolist():
+            assert torch.equal(model.decode(sequence, id), model.decode(new, id))
+
+
+@built
+def test_number_of_threads_changes_no_bit(uneven):
+    ids = random_ids(NativeModel.load(uneven).config)
+    for bits in (None, 8, 4):
+        few, many = (NativeModel.load(uneven, bits=bits, threads=threads) for threads in (1, 5))
+        assert torch.equal(token_by_token(few, ids), token_by_token(many, ids))
+        assert torch.equal(few.verify(few.new_sequence(64), ids), many.verify(many.new_sequence(64), ids))
+
+
+@built
+def test_sequences_do_not_disturb_each_other(uneven):
+    model = NativeModel.load(uneven, threads=2)
+    texts = [random_ids(model.config, 30, seed) for seed in range(4)]
+    alone = [token_by_token(model, ids) for ids in texts]
+    found: dict[int, Tensor] = {}
+
+    def call(number: int) -> None:
+        found[number] = token_by_token(model, texts[number])
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(torch.equal(found[n], alone[n]) for n in range(4))
+
+
+@built
+def test_logits_share_the_sequences_memory(uneven):
+    model = NativeModel.load(uneven)
+    sequence = model.new_sequence(8)
+    first = model.decode(sequence, 1)
+    kept = first.clone()
+    second = model.decode(sequence, 2)
+    assert first.data_ptr() == second.data_ptr() and not torch.equal(kept, second)
+    assert second.shape == (model.config.vocab_size,)
+
+
+@built
+@pytest.mark.parametrize("ids", [[448], [-1], [1, 2, 2**31], [2**64], [-(2**40)], [], [1.5], [[1, 2]], ["a"], [None]])
+def test_bad_token_ids_are_refused_and_nothing_is_lost(uneven, ids):
+    model = NativeModel.load(uneven)
+    sequence, fresh = model.new_sequence(8), model.new_sequence(8)
+    model.prefill(sequence, [1, 2])
+    for run in (model.prefill, model.verify):
+        with pytest.raises(ValueError):
+            run(sequence, ids)
+    assert sequence.length == 2
+    model.prefill(fresh, [1, 2])
+    assert torch.equal(model.decode(sequence, 3), model.decode(fresh, 3))
+
+
+@built
+def test_more_tokens_than_there_is_room_for(uneven):
+    model = NativeModel.load(uneven)
+    sequence = model.new_sequence(5)
+    with pytest.raises(ValueError, match="6 tokens behind 0 are more than the capacity of 5"):
+        model.prefill(sequence, [1] * 6)
+    model.prefill(sequence, [1] * 5)
+    with pytest.raises(ValueError, match="1 tokens behind 5"):
+        model.decode(sequence, 1)
+    for length in (6, -1):
+        with pytest.raises(ValueError, match="cannot cut"):
+            sequence.truncate(length)
+    for capacity in (0, -1, 65, 2**40):
+        with pytest.raises(ValueError, match="capacity"):
+            model.new_sequence(capacity)
+
+
+@built
+def test_a_sequence_of_another_model_is_refused(uneven):
+    one, other = NativeModel.load(uneven), NativeModel.load(uneven)
+    with pytest.raises(ValueError, match="another model"):
+        one.decode(other.new_sequence(4), 1)
+
+
+@built
+def test_a_sequence_outlives_its_model(uneven):
+    model = NativeModel.load(uneven)
+    sequence = model.new_sequence(4)
+    model.decode(sequence, 1)
+    del model
+    assert sequence.length == 1
+    sequence.truncate(0)
+
+
+@built
+def test_wrong_choices_are_named(uneven, monkeypatch):
+    for wrong in ({"bits": 3}, {"group_size": 20}, {"threads": 0}, {"isa": "avx1024"}):
+        with pytest.raises(UserError, match=str(*wrong.values())):
+            NativeModel.load(uneven, **wrong)
+    monkeypatch.setenv("OPENELM_ISA", "portable")
+    assert NativeModel.load(uneven).isa == "portable"
+    assert NativeModel.load(uneven, threads=3).threads == 3
+
+
+@built
+def test_what_does_not_belong_to_the_model_never_gets_into_it(uneven):
+    extension = native._required()
+    geometry: dict[str, Any] = dict(
+        model_dim=64, head_dim=16, vocab_size=40, query_heads=[4], kv_heads=[2], ffn_dims=[32], qk_norm=False,
+        shared_embedding=True, rope=[1.0] * 8, threads=1, kernels="",
+    )  # fmt: skip
+    for wrong in (
+        dict(kv_heads=[3]), dict(kv_heads=[0]), dict(head_dim=15), dict(rope=[1.0]), dict(ffn_dims=[]), dict(threads=0),
+        dict(ffn_dims=[-1]), dict(model_dim=0), dict(vocab_size=2**30), dict(query_heads=[2**30]), dict(kernels="?"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            extension.Model(**{**geometry, **wrong})
+    model = extension.Model(**geometry)
+    name, words = "layers.0.attn.out_proj.weight", np.zeros((64, 64), np.uint16)
+    for call in (
+        lambda: model.set_bf16("layers.1.attn.out_proj.weight", words, 16, 32),
+        lambda: model.set_bf16(name, words[:, :32].copy(), 16, 32),
+        lambda: model.set_bf16(name, words, 5, 32),
+        lambda: model.set_bf16(name, words, 4, 7),
+        lambda: model.set_gain("norm.weight", np.zeros(63, np.float32)),
+        lambda: model.set_affine(name, words[:, :8].astype(np.uint32), words[:, :2].copy(), words[:, :1].copy(), 4, 32),
+        lambda: model.set_affine(name, words[:, :7].astype(np.uint32), words[:, :2].copy(), words[:, :2].copy(), 4, 32),
+        lambda: model.set_affine(name, words[:, :8].astype(np.uint32), *[words[:, :2].astype(np.int64)] * 2, 4, 32),
+        lambda: model.forward(model.new_sequence(4), np.zeros(1, np.int32), np.zeros((1, 48), np.float32)),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    model.set_bf16(name, words, 16, 32)
+    with pytest.raises(ValueError, match="there already"):
+        model.set_bf16(name, words, 16, 32)
+    with pytest.raises(TypeError):
+        model.set_bf16(name, words.astype(np.float32), 16, 32)
+    with pytest.raises(ValueError, match="padded vocabulary"):
+        model.forward(model.new_sequence(4), np.zeros(1, np.int32), np.zeros((1, 40), np.float32))
+
+
+@built
+def test_bytes_per_token_are_the_weights(uneven):
+    config = NativeModel.load(uneven).config
+    columns = config.matmul_parameters()
+    assert NativeModel.load(uneven).bytes_per_token == 2 * columns
+    assert NativeModel.load(uneven, bits=4).bytes_per_token == columns * (4 + 32 / 32) / 8
+    eight = NativeModel.load(uneven, bits=8).bytes_per_token
+    assert columns < eight < 1.35 * columns  # rows are filled up to whole groups of 64
+
+
+@built
+def test_read_bandwidth_is_measured():
+    assert 1e8 < native.read_bandwidth(2, megabytes=8, rounds=2) < 1e13
+
+
+@built
+def test_weights_that_are_not_finite_do_not_crash(uneven):
+    model = load_model(uneven)
+    model.layers[1].ffn.proj_1.weight.data[3, 5] = float("nan")
+    model.layers[0].attn.qkv_proj.weight.data[1] = float("inf")
+    save_model(model, uneven, overwrite=True)
+    for bits in (None, 8, 4):
+        broken = NativeModel.load(uneven, bits=bits)
+        assert broken.verify(broken.new_sequence(8), [1, 2, 3]).shape == (3, model.config.vocab_size)
+
+
+def test_without_the_extension_the_reason_is_said_once(tmp_path, monkeypatch, capsys):
+    look = native._extension.__wrapped__  # whose answer is otherwise kept
+    monkeypatch.setenv("OPENELM_NATIVE", str(tmp_path))
+    monkeypatch.setattr(native, "_extension", look)
+    assert not native.available() and not native.available()
+    assert capsys.readouterr().err.count(f"OPENELM_NATIVE={tmp_path} holds no _native") == 1
+    with pytest.raises(UserError, match="OPENELM_NATIVE="):
+        NativeModel.load("anything")
+    monkeypatch.delenv("OPENELM_NATIVE")
+    monkeypatch.setitem(sys.modules, "openelm.infer._native", None)
+    assert "install again with a C++ compiler, or go on with torch" in look()
