@@ -34,7 +34,7 @@ runs/demo/summary.json: | .venv/user
 	$(BIN)/openelm pretrain demo --minutes 4.2 --auto-resume
 
 test: .venv/developer
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The transformers model with the older transformers, in an environment of its own.
 test-transformers-4: .venv-transformers-4/ready

@@ -67,7 +67,7 @@ def test_the_card_is_the_models_without_its_figures(run: Path, capsys: pytest.Ca
     assert cli.run(["average", str(run), "--last", "2"]) == 0
     metadata, body = parse((run / "model-averaged-60" / "README.md").read_text())
     assert metadata == {"license": "mit"}
-    assert body.startswith("# model-averaged-60\n\nThese weights are the mean of the checkpoints of steps 20, 60, of")
+    assert body.startswith("# model-averaged-60\n\nThese weights are the mean of the checkpoints of steps 20, 60. They")
     assert section(body, "Data") == "Books." and section(body, "Licence") == "MIT."
     assert "99" not in body and "1.5" not in body
 

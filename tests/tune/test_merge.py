@@ -206,7 +206,6 @@ def test_a_tokenizer_beside_the_adapter_is_the_results(folder, golden_weights, t
     assert Tokenizer.load(tmp_path / "out").fingerprint == own.fingerprint
     assert load_config(tmp_path / "out")[0].eos_token_id == own.eos_id
     small = save_model(make(golden_weights, vocab_size=100), tmp_path / "hundred")
-    small_adapters.write(tuned, load_config(small)[0], "lora", LINEAR)
     capsys.readouterr()
     assert run(small, tuned, tmp_path / "none") == 2
     error = capsys.readouterr().err

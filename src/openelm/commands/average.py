@@ -151,8 +151,8 @@ def card(run: Path, name: str, what: str) -> str:
     metadata.pop("model-index", None)
     parts = [
         f"# {name}",
-        f"These weights are {what}, of the run that trained the model which this card was taken from. They were not "
-        "evaluated by themselves.",
+        f"These weights are {what}. They were not evaluated by themselves; what follows is from the card of the run's "
+        "model.",
         *(f"## {heading}\n\n{text}" for heading in CARRIED if (text := section(body, heading))),
     ]
     return render(metadata, "\n\n".join(parts))

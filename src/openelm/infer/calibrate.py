@@ -107,8 +107,11 @@ def _positions(batches: Sequence[Tensor]) -> int:
 
 
 def _hessians(config: ModelConfig, block: Block, states: Sequence[Tensor]) -> dict[str, Tensor]:
-    """H of each matrix of a layer, whose own matrices are not yet quantised; to quantise them one after the other,
-    with a pass over the layer for each, takes twice the time and changes nothing (docs/quantisation.md)."""
+    """H of each matrix of a layer, whose own matrices are not yet quantised.
+
+    To quantise one after the other, with a pass over the layer for each, takes twice the time and changes nothing
+    (docs/quantisation.md).
+    """
     sums: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[[torch.nn.Module, tuple[Tensor]], None]:

@@ -39,7 +39,7 @@ class Source:
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     notes: tuple[str, ...] = ()  # what was dropped or assumed in reading, for the user
     adapter: str = ""  # name of one that was merged in: the model is then another than its card says
-    # Matrices that were quantised with more care than rounding takes; a format of the same bits writes them as they are.
+    # Quantised with more care than rounding takes; a format of the same bits and groups writes them as they are.
     codes: Mapping[str, Quantized] = field(default_factory=dict)
 
     @property
