@@ -195,33 +195,34 @@ class ExampleSteps:
         else:
             parts = [[item for item in row if isinstance(item, Example)] for row in found]
         lengths = [sum(len(example.ids) - 1 for example in row) for row in parts]
-        tokens, targets, segments = self._arrays(parts, self._width(max(lengths)))
+        tokens, targets, segments = arrays(parts, self._width(max(lengths)), self._bos_id)
         given: dict[str, Any] = dict(examples=examples, seed=seed, read=sum(lengths))
         if self._is_pairs:
             return PairBatch(tokens, targets, **given, fixed=self._fixed)
         return ExampleBatch(tokens, targets, segments if self._packs else None, **given)
 
-    def _arrays(self, parts: list[list[Example]], width: int) -> tuple[NDArray[np.int64], ...]:
-        """Tokens, targets and segments, numbered from 0 in each row, of rows of examples."""
-        shape = len(parts), width
-        tokens = np.full(shape, self._bos_id, dtype=np.int64)
-        targets = np.full(shape, IGNORE, dtype=np.int64)
-        segments = np.empty(shape, dtype=np.int64)
-        for row, examples in enumerate(parts):
-            start = 0
-            for number, example in enumerate(examples):
-                end = start + len(example.ids) - 1
-                tokens[row, start:end] = example.ids[:-1]
-                targets[row, start:end] = np.where(example.counts[1:], example.ids[1:], IGNORE)
-                segments[row, start:end] = number
-                start = end
-            segments[row, start:] = len(examples)
-        return tokens, targets, segments
-
     def _width(self, longest: int) -> int:
         if self._fixed:
             return self._row_length
         return min(self._row_length, _rounded(longest))
+
+
+def arrays(parts: Sequence[Sequence[Example]], width: int, bos_id: int) -> tuple[NDArray[np.int64], ...]:
+    """Tokens, targets and segments, numbered from 0 in each row, of rows of examples."""
+    shape = len(parts), width
+    tokens = np.full(shape, bos_id, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    segments = np.empty(shape, dtype=np.int64)
+    for row, examples in enumerate(parts):
+        start = 0
+        for number, example in enumerate(examples):
+            end = start + len(example.ids) - 1
+            tokens[row, start:end] = example.ids[:-1]
+            targets[row, start:end] = np.where(example.counts[1:], example.ids[1:], IGNORE)
+            segments[row, start:end] = number
+            start = end
+        segments[row, start:] = len(examples)
+    return tokens, targets, segments
 
 
 def once(

@@ -14,14 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openelm.data.example_stream import WIDTH_MULTIPLE
-from openelm.data.packing import IGNORE, Batch
+from openelm.data.example_stream import WIDTH_MULTIPLE, arrays
+from openelm.data.packing import Batch
 from openelm.errors import UserError
 from openelm.files import whole_file
 from openelm.model.transformer import OpenELM
@@ -101,12 +100,8 @@ def _batch(examples: Sequence[Example], rows: int, bos_id: int, length: int | No
     """Rows padded with BOS at the end, which no earlier token sees; with ``length``, as many as usual and so long."""
     longest = max(len(example.ids) for example in examples) - 1
     T = length or -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    tokens = np.full((rows if length else len(examples), T), bos_id, dtype=np.int64)
-    targets = np.full_like(tokens, IGNORE)
-    for row, example in enumerate(examples):
-        last = len(example.ids) - 1
-        tokens[row, :last] = example.ids[:-1]
-        targets[row, :last] = np.where(example.counts[1:], example.ids[1:], IGNORE)
+    empty = rows - len(examples) if length else 0
+    tokens, targets, _ = arrays([[example] for example in examples] + [[]] * empty, T, bos_id)
     return Batch(tokens, targets)
 
 
