@@ -8,9 +8,11 @@ import torch
 from openelm.data.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
 from openelm.errors import UserError
 from openelm.infer import engine as engine_module
-from openelm.infer.engine import Engine, StopFilter, decode, native_dtype, prefill
+from openelm.infer import texts as texts_module
+from openelm.infer.engine import Engine, native_dtype
 from openelm.infer.sampling import Sampling
-from openelm.model.cache import Cache
+from openelm.infer.torch_decoder import TorchSlots
+from openelm.infer.writing import StopFilter
 from openelm.model.folder import find_model_folder, save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
@@ -66,44 +68,6 @@ def random_ids(count, seed=0):
     return torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def test_cached_logits_are_the_uncached_ones(model):
-    ids = torch.tensor([random_ids(24), random_ids(24, seed=1)])
-    with torch.no_grad():
-        whole_BTV = model(ids)
-    cache = Cache(model.config, 2, 24)
-    torch.testing.assert_close(prefill(model, ids[:, :10], cache), whole_BTV[:, 9], **CLOSE)
-    for t in range(10, 17):
-        torch.testing.assert_close(decode(model, ids[:, t], cache), whole_BTV[:, t], **CLOSE)
-    # A second prefill continues from the cache: what a kept prefix will need.
-    torch.testing.assert_close(prefill(model, ids[:, 17:], cache), whole_BTV[:, 23], **CLOSE)
-    assert cache.length == 24
-
-
-def test_left_padding_changes_no_logits_and_leaves_no_nan(model):
-    rows = [random_ids(12), random_ids(5, seed=1), random_ids(1, seed=2)]
-    pads_B = torch.tensor([0, 7, 11])
-    tokens_BT = torch.tensor([[3] * (12 - len(row)) + row for row in rows])
-    cache = Cache(model.config, 3, 20)
-    logits_BV = prefill(model, tokens_BT, cache, pads_B)
-    for step in range(6):
-        with torch.no_grad():
-            alone = torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
-        torch.testing.assert_close(logits_BV, alone, **CLOSE)
-        new = random_ids(3, seed=10 + step)
-        rows = [[*row, id] for row, id in zip(rows, new, strict=True)]
-        logits_BV = decode(model, torch.tensor(new), cache, pads_B)
-    for tensor in (*cache.keys, *cache.values):
-        assert tensor.isfinite().all()
-
-
-def test_what_stands_in_the_padding_does_not_matter(model):
-    row, pads_B = random_ids(4), torch.tensor([6])
-    logits = [
-        prefill(model, torch.tensor([[filling] * 6 + row]), Cache(model.config, 1, 10), pads_B) for filling in (3, 300)
-    ]
-    assert torch.equal(*logits)
-
-
 def test_greedy_generation_is_the_uncached_one(engine, model, tokenizer):
     prompt = [tokenizer.bos_id, *random_ids(9)]
     expected = uncached_greedy(model, prompt, 20, tokenizer.vocab_size)
@@ -139,7 +103,7 @@ def test_the_penalty_sees_a_row_s_own_tokens_and_not_its_padding(engine, tokeniz
         seen.append([row.nonzero().flatten().tolist() for row in seen_BV])
         return torch.tensor([50, 60])
 
-    monkeypatch.setattr(engine_module, "next_tokens", choose)
+    monkeypatch.setattr(texts_module, "next_tokens", choose)
     engine.generate([[5, 9, 7, 9], [8]], 2, Sampling(repetition_penalty=1.5), add_bos=False)
     assert seen == [[[5, 7, 9], [8]], [[5, 7, 9, 50], [8, 60]]]
 
@@ -172,11 +136,11 @@ class Script:
 
     def __init__(self, monkeypatch, *rows):
         self.rows, self.step = rows, 0
-        monkeypatch.setattr(engine_module, "next_tokens", self)
+        monkeypatch.setattr(texts_module, "next_tokens", self)
 
     def __call__(self, logits_BV, *_, **__):
         self.step += 1
-        return torch.tensor([row[self.step - 1] for row in self.rows])
+        return torch.tensor([row[self.step - 1] for row in self.rows if self.step <= len(row)])
 
 
 def test_a_stop_string_across_tokens_ends_the_text_and_is_not_given_out(engine, tokenizer, monkeypatch):
@@ -201,7 +165,7 @@ def test_what_only_began_like_a_stop_string_is_given_out(engine, tokenizer, monk
 def test_a_finished_row_of_a_batch_writes_no_more(engine, tokenizer, monkeypatch):
     short = [*tokenizer.encode("one"), tokenizer.eos_id]
     long = tokenizer.encode("first second class total return")
-    Script(monkeypatch, short + long, long + short)
+    Script(monkeypatch, short, long)
     first, second = engine.generate([[5], [5, 6]], len(long))
     assert (first.ids, first.finish_reason) == (short, "stop")
     assert (second.ids, second.finish_reason) == (long, "length")
@@ -361,12 +325,102 @@ def test_samples_of_one_prompt_share_its_keys_and_values(engine, tokenizer, monk
     alone = [
         engine.generate([prompt], 12, sampling, seeds=[seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    rows = []
-
-    def counted(model, tokens_BT, *arguments):
-        rows.append(len(tokens_BT))
-        return prefill(model, tokens_BT, *arguments)
-
-    monkeypatch.setattr(engine_module, "prefill", counted)
+    computed = count_prefill(monkeypatch)
     assert engine.generate(prompts, 12, sampling, seeds=seeds) == alone
-    assert rows == [2]
+    assert computed == [len(one), len(other)]
+
+
+def count_prefill(monkeypatch) -> list[int]:
+    """Fills with the lengths of all that is prefilled from here on."""
+    computed, prefill = [], TorchSlots.prefill
+
+    def counted(self, slots, prompts):
+        computed.extend(map(len, prompts))
+        return prefill(self, slots, prompts)
+
+    monkeypatch.setattr(TorchSlots, "prefill", counted)
+    return computed
+
+
+def test_what_prompts_have_in_common_is_computed_once(engine, tokenizer, monkeypatch):
+    common = [tokenizer.bos_id, *random_ids(24)]
+    prompts = [common + random_ids(count, seed=count) for count in (5, 1, 9)]
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.2)
+    alone = [engine.generate([prompt], 12, sampling)[0] for prompt in prompts]
+    computed = count_prefill(monkeypatch)
+    assert engine.generate(prompts, 12, sampling) == alone
+    assert computed == [25, 5, 1, 9]
+    # One prompt is the beginning of the others: it keeps a token to run.
+    computed.clear()
+    assert engine.generate([common, *prompts], 12, sampling)[1:] == alone
+    assert computed == [24, 1, 6, 2, 10]
+
+
+def test_a_conversation_computes_only_what_is_new(model, tokenizer, monkeypatch):
+    engine, fresh = Engine(model, tokenizer), Engine(model, tokenizer)
+    sampling = Sampling(temperature=1.0, seed=3)
+    computed = count_prefill(monkeypatch)
+    text = [tokenizer.bos_id, *random_ids(10)]
+    for turn, new in enumerate(([], [7, 8, 9], [300])):
+        text = text + new
+        stream = engine.stream(text, 6, sampling)
+        pieces = list(stream)
+        # The last token of an answer was chosen and never run.
+        assert computed == [[11], [4], [2]][turn]
+        computed.clear()
+        assert pieces == list(fresh.stream(text, 6, sampling))
+        fresh._kept = None
+        computed.clear()
+        text = text + [id for id in stream.ids if id != tokenizer.eos_id]
+    # The same again, another beginning, and a stream that was closed half way.
+    again = engine.stream(text, 6, sampling)
+    next(again)
+    again.close()
+    for prompt in (text, [tokenizer.bos_id, *random_ids(5, seed=9)], text[:4]):
+        assert list(engine.stream(prompt, 6, sampling)) == list(fresh.stream(prompt, 6, sampling))
+        fresh._kept = None
+
+
+def test_two_streams_at_once_do_not_meet(engine):
+    sampling = Sampling(temperature=1.0)
+    prompts = [random_ids(5), random_ids(7, seed=1)]
+    alone = ["".join(engine.stream(prompt, 12, sampling)) for prompt in prompts]
+    streams = [engine.stream(prompt, 12, sampling) for prompt in prompts]
+    texts = ["", ""]
+    for _ in range(12):
+        for place, stream in enumerate(streams):
+            texts[place] += next(stream, "")
+    assert texts == alone
+
+
+def uncached_sliding(model, prompt, count, vocabulary):
+    """The plain way: a full window starts again with its first token and its last half."""
+    ids, window = list(prompt), list(prompt)
+    if len(window) > CONTEXT:
+        window = [ids[0], *ids[-(CONTEXT // 2) :]]
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(model(torch.tensor([window]))[0, -1, :vocabulary].argmax().item())
+            window.append(ids[-1])
+            if len(window) > CONTEXT:
+                window = [ids[0], *ids[-(CONTEXT // 2) :]]
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [5, CONTEXT - 2, CONTEXT - 1, CONTEXT, 3 * CONTEXT])
+def test_a_sliding_window_goes_on_beyond_the_context(model, tokenizer, length, monkeypatch):
+    monkeypatch.setattr(tokenizer, "eos_id", None)
+    engine = Engine(model, tokenizer)
+    prompt = [tokenizer.bos_id, *random_ids(length)]
+    expected = uncached_sliding(model, prompt, 120, tokenizer.vocab_size)
+    for _ in range(2):  # the second finds the first one's slot
+        stream = engine.stream(prompt, 120, slide=True)
+        list(stream)
+        assert (stream.ids, stream.finish_reason) == (expected, "length")
+    short = [tokenizer.bos_id, *random_ids(3, seed=1)]
+    both = engine.generate([prompt, short, prompt], 120, slide=True)
+    assert [one.ids for one in both] == [
+        expected,
+        uncached_sliding(model, short, 120, tokenizer.vocab_size),
+        expected,
+    ]

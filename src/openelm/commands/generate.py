@@ -52,9 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: 0)")
     parser.add_argument(
+        "--sliding-window",
+        action="store_true",
+        help="go on where the model's context is full, with the text's first token and its later half",
+    )
+    parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
     )
     add_engine_arguments(parser)
+    add_backend_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, instead of the text")
 
 
@@ -64,24 +70,31 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: as the weights are)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="a tokenizer for a model without one: file, folder or Hub id"
     )
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """The engine that MODEL, --tokenizer, --dtype, --device and --threads ask for."""
-    import torch
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which engine computes, for commands that only write; ``load_engine`` reads it where it is there."""
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "native", "torch"),
+        default="auto",
+        help="native, the CPU decoder in C++ for bf16 and quantised weights, or torch (default: native if it is there)",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step (takes a minute)")
 
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine that MODEL, --tokenizer, --dtype, --device, --threads and --backend ask for."""
     from openelm.infer.engine import Engine
     from openelm.interop.hub import TOKENIZER_FILES, tokenizer_help, tokenizer_path
     from openelm.model.folder import DTYPES
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads {args.threads} must be at least 1")
-        torch.set_num_threads(args.threads)
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads} must be at least 1")
     folder = model_folder(args.model)
     if not args.tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise UserError(tokenizer_help(args.model))
@@ -90,6 +103,9 @@ def load_engine(args: argparse.Namespace) -> Engine:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         device=args.device,
         tokenizer=tokenizer_path(args.tokenizer) if args.tokenizer else None,
+        backend=getattr(args, "backend", "torch"),
+        threads=args.threads,
+        compile=getattr(args, "compile", False),
     )
 
 
@@ -151,23 +167,24 @@ def checked_kind(path: Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Write prompt and completion to standard output, speeds to standard error."""
-    from openelm.infer.engine import checked_stops
     from openelm.infer.sampling import Sampling
+    from openelm.infer.writing import checked_stops
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     checked_stops(args.stop)
     prompt = read_standard_input() if args.prompt is None else args.prompt
     engine = load_engine(args)
-    stream = engine.stream(engine.tokenizer.encode(prompt), args.max_tokens, sampling, args.stop)
+    ids = engine.tokenizer.encode(prompt)
+    stream = engine.stream(ids, args.max_tokens, sampling, args.stop, slide=args.sliding_window)
     if args.json:
-        print(json.dumps(_as_dict(prompt, "".join(stream), stream), ensure_ascii=False))
+        print(json.dumps(_as_dict(prompt, "".join(stream), stream, engine), ensure_ascii=False))
     else:
         print(prompt, end="", flush=True)
         for piece in stream:
             print(piece, end="", flush=True)
         print()
     stream.close()
-    print(_speeds(stream), file=sys.stderr)
+    print(f"{_speeds(stream)}; {engine.decoder.description}", file=sys.stderr)
     return 0
 
 
@@ -182,7 +199,7 @@ def read_standard_input() -> str:
     return text.removesuffix("\n")
 
 
-def _as_dict(prompt: str, completion: str, stream: Stream) -> dict[str, object]:
+def _as_dict(prompt: str, completion: str, stream: Stream, engine: Engine) -> dict[str, object]:
     return {
         "prompt": prompt,
         "completion": completion,
@@ -192,6 +209,7 @@ def _as_dict(prompt: str, completion: str, stream: Stream) -> dict[str, object]:
         "prefill_s": stream.prefill_s,
         "decode_s": stream.decode_s,
         "decode_tokens_per_s": stream.decode_tokens_per_s,
+        "engine": engine.decoder.description,
     }
 
 

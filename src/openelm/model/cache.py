@@ -40,12 +40,12 @@ class Cache:
         self.values[layer][:, :, self.length : end] = v_BGTK
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def repeated(self, which_B: Tensor) -> Cache:
-        """A cache of the rows named, a row as often as it is named."""
-        cache = copy(self)
-        cache.keys = [keys_BGSK[which_B] for keys_BGSK in self.keys]
-        cache.values = [values_BGSK[which_B] for values_BGSK in self.values]
-        return cache
+    def part(self, rows: slice | Tensor) -> Cache:
+        """A cache of the rows named: views of a slice's, copies of a tensor's."""
+        part = copy(self)
+        part.keys = [keys_BGSK[rows] for keys_BGSK in self.keys]
+        part.values = [values_BGSK[rows] for values_BGSK in self.values]
+        return part
 
     def num_bytes(self) -> int:
         """Bytes allocated."""

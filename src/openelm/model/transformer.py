@@ -46,7 +46,11 @@ def attend(
 
     On CUDA, groups together with a mask are left to a kernel that keeps all scores; alike heads go to the fused one.
     """
-    H, G = q_BHTK.shape[1], k_BGTK.shape[1]
+    (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
+    if T == 1 and H != G:
+        # The heads of a group are the rows of one small product: its keys and values are read once.
+        q_BGTK = q_BHTK.reshape(B, G, H // G, K)
+        return F.scaled_dot_product_attention(q_BGTK, k_BGTK, v_BGTK, attn_mask=mask).view(B, H, 1, K)
     if repeat and H != G:
         k_BGTK, v_BGTK = (x_BGTK.repeat_interleave(H // G, dim=1) for x_BGTK in (k_BGTK, v_BGTK))
     grouped = k_BGTK.shape[1] != H
