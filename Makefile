@@ -14,14 +14,15 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-# torch first and pinned: its dependants would otherwise choose another build.
-.venv/user: .venv/python pyproject.toml constraints.txt
+# torch first and pinned: its dependants would otherwise choose another build. The CPU decoder is compiled here.
+.venv/user: .venv/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,gguf]'
 	touch $@
 
+# The project is there already: this adds what its developers need, and compiles nothing again.
 .venv/developer: .venv/user
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt 'openelm-framework[dev]'
 	touch $@
 
 demo: runs/demo/summary.json

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "model.h"
@@ -15,6 +16,7 @@ namespace {
 
 template <class T, int N>
 using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Ids = Array<int64_t, 1>;
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 using Scales = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // bf16 or fp32
@@ -31,12 +33,34 @@ void set_affine(Model& model, const std::string& name, Array<uint32_t, 2> words,
                      (long)scales.shape(1), {bits, group, wide});
 }
 
-void forward(Model& model, Sequence& sequence, Array<int32_t, 1> ids, Logits logits) {
-    const size_t rows = logits.shape(0), count = ids.shape(0);
-    if ((rows != 1 && rows != count) || (long)logits.shape(1) != model.padded_vocab())
-        throw std::invalid_argument("logits must be (1 or tokens, padded vocabulary)");
+// The ids of all sequences stand behind each other, counts[i] of them of the i-th.
+std::vector<Run> runs(const std::vector<Sequence*>& sequences, const Ids& ids, const std::vector<long>& counts) {
+    std::vector<Run> all;
+    long first = 0, end = (long)ids.shape(0);
+    bool fine = sequences.size() == counts.size();
+    for (size_t i = 0; fine && i < counts.size(); first += counts[i++]) {
+        fine = sequences[i] && 0 <= counts[i] && counts[i] <= end - first;
+        all.push_back({sequences[i], ids.data() + first, counts[i]});
+    }
+    if (!fine || first != end) throw std::invalid_argument("sequences, ids and counts do not fit");
+    return all;
+}
+
+void forward(Model& model, const std::vector<Sequence*>& sequences, Ids ids, const std::vector<long>& counts,
+             Logits logits, bool all) {
+    if (logits.shape(0) != (all ? ids.shape(0) : sequences.size()) || (long)logits.shape(1) != model.padded_vocab())
+        throw std::invalid_argument("logits must be (tokens, or sequences; padded vocabulary)");
+    const auto given = runs(sequences, ids, counts);
     nb::gil_scoped_release release;
-    model.forward(sequence, ids.data(), (long)count, logits.data(), rows == count);
+    model.forward(given, logits.data(), all);
+}
+
+void decode(Model& model, const std::vector<Sequence*>& sequences, Ids ids, Logits logits) {
+    if (logits.shape(0) != sequences.size() || (long)logits.shape(1) != model.padded_vocab())
+        throw std::invalid_argument("logits must be (sequences, padded vocabulary)");
+    const auto given = runs(sequences, ids, std::vector<long>(sequences.size(), 1));
+    nb::gil_scoped_release release;
+    model.decode(given, logits.data());
 }
 
 double read_bandwidth(int threads, size_t bytes, int rounds) {
@@ -68,7 +92,8 @@ NB_MODULE(_native, m) {
     nb::class_<Sequence>(m, "Sequence")
         .def_ro("length", &Sequence::length)
         .def_ro("capacity", &Sequence::capacity)
-        .def("truncate", &Sequence::truncate);
+        .def("truncate", &Sequence::truncate)
+        .def("copy", &Sequence::copy, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Model>(m, "Model")
         .def("__init__",
              [](Model* self, int model_dim, int head_dim, int vocab_size, std::vector<int> query_heads,
@@ -92,7 +117,8 @@ NB_MODULE(_native, m) {
              nb::arg(), nb::arg())
         .def("new_sequence", [](const Model& model, long capacity) { return new Sequence(model.geometry, capacity); },
              nb::keep_alive<0, 1>())
-        .def("forward", forward, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert())
+        .def("forward", forward, nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg())
+        .def("decode", decode, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert())
         .def_prop_ro("padded_vocab", &Model::padded_vocab)
         .def_prop_ro("bytes", &Model::bytes)
         .def_prop_ro("threads", [](const Model& model) { return model.pool.threads; })

@@ -28,6 +28,7 @@ class Sequence {
     }
     uint32_t* values(int layer, int head) const { return keys(layer, head) + head_words; }
     void truncate(long length);
+    void copy(const Sequence& source);  // what it holds, in place of what this one held
 
     const Geometry* const geometry;    // whose it is
     const long capacity, padded;       // positions, and whole tiles of them
@@ -37,6 +38,12 @@ class Sequence {
   private:
     std::vector<long> first_head;  // of each layer, among those of all
     Buffer data;
+};
+
+struct Run {  // tokens that are to follow what a sequence holds
+    Sequence* sequence;
+    const int64_t* ids;
+    long count;
 };
 
 class Model {
@@ -51,8 +58,10 @@ class Model {
     void set_matrix(const std::string& name, const uint32_t* words, const void* scales, const void* biases, long rows,
                     long words_a_row, long groups, Affine affine);
 
-    // Runs ids behind what the sequence holds; logits of the last of them, or of all, padded_vocab() apart.
-    void forward(Sequence& sequence, const int32_t* ids, long count, float* logits, bool all);
+    // Each sequence's tokens by themselves; logits of the last of each, or of all, padded_vocab() apart.
+    void forward(const std::vector<Run>& runs, float* logits, bool all);
+    // One token of each sequence, all at once; no bit depends on how many they are.
+    void decode(const std::vector<Run>& runs, float* logits);
 
     long padded_vocab() const { return (geometry.vocab_size + LANES - 1) / LANES * LANES; }
     size_t bytes() const;  // of weights that a token reads: all but an embedding that is a look-up only
@@ -69,6 +78,7 @@ class Model {
         long stride;
         const std::vector<float>* gain;  // of the norm that goes before, if one does
         long tokens;
+        bool exact;  // whether activations must stay in fp32 where weights are bf16
     };
     struct Packed {  // an input as the kernels read it
         Buffer words, scale, sum;
@@ -81,11 +91,15 @@ class Model {
         Buffer row, tile, query, scores, weights;
         Packed packed;
     };
+    struct Token {
+        Sequence* sequence;
+        int64_t id;
+        long position;
+    };
     struct Pass {  // one run through the layers
-        const Sequence& sequence;
-        const int32_t* ids;
-        long tokens, past;
-        float* logits;
+        const std::vector<Token>& tokens;
+        bool apart;     // each is of a sequence of its own; else all follow each other in one
+        float* logits;  // of all tokens, or of the last; null where none are wanted
         bool all;
     };
     enum class Into { store, add, swiglu };
@@ -93,12 +107,14 @@ class Model {
     Matrix& matrix(const std::string& name, long rows, long columns);
     const Matrix& head() const { return geometry.shared_embedding ? embedding : classifier; }
     void check_complete() const;
+    void check(const std::vector<Run>& runs);
+    void run(const Pass& pass);
     void make_room(long tokens, long capacity);
     Packed make_packed(long tokens) const;
-    bool in_pairs(const Matrix& m, long tokens) const;  // whether activations become bf16
-    int most_tokens(const Matrix& m, long tokens) const;
+    bool in_pairs(const Matrix& m, const Input& x) const;  // whether activations become bf16
+    int most_tokens(const Matrix& m, const Input& x) const;
     Place place(const Matrix& m, const Packed& packed, long first, bool pairs) const;
-    void pack(const Matrix& m, const Input& x, long first, int size, const Packed& to, Scratch& own) const;
+    void pack(const Matrix& m, const Input& x, long token, const Packed& to, Scratch& own) const;
     void product(const Matrix& m, long tile, const Place& x, int size, bool pairs, float* y) const;
     // What follows is called on all threads at once.
     void multiply(const Matrix& m, const Input& x, Into into, float* y, long y_stride, int thread);

@@ -284,6 +284,36 @@ def test_a_folder_gives_the_same_engine_and_a_run_folder_its_model(engine, model
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (dict(dtype=torch.float32), "float32 on cpu is for torch"),
+        (dict(compile=True), "on cpu, compiled, is for torch"),
+    ],
+)
+def test_the_native_backend_refuses_what_it_cannot_compute(model, tokenizer, tmp_path, asked, message):
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    with pytest.raises(UserError, match=message):
+        Engine.load(tmp_path, backend="native", **asked)
+
+
+def test_the_best_engine_that_is_there_computes(model, tokenizer, tmp_path, monkeypatch):
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    prompt = random_ids(9)
+    monkeypatch.setattr(engine_module.native, "available", lambda: False)
+    assert Engine.load(tmp_path, device="cpu", backend="auto").decoder.description == "torch on cpu, float32"
+    monkeypatch.undo()
+    if not engine_module.native.available():
+        pytest.skip("the CPU decoder is not built here")
+    engine = Engine.load(tmp_path, device="cpu", backend="auto", threads=1)
+    assert engine.decoder.description.startswith("native") and "threads: 1, bfloat16" in engine.decoder.description
+    rounded = Engine.load(tmp_path, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in rounded.model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    assert engine.generate([prompt], 8)[0] == rounded.generate([prompt], 8)[0]
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_sixteen_bits_are_computed_in_fp32_where_the_cpu_would_emulate_them(supported, monkeypatch, capsys):
     engine_module._say_once.cache_clear()

@@ -14,7 +14,7 @@ from torch import Tensor
 import small_models
 from openelm.errors import UserError
 from openelm.infer import native
-from openelm.infer.native import NativeModel
+from openelm.infer.native import NativeModel, NativeSlots
 from openelm.interop.convert import convert
 from openelm.interop.source import open_folder
 from openelm.interop.target import Format
@@ -77,8 +77,13 @@ def random_ids(config: ModelConfig, count: int = LENGTH, seed: int = 0) -> Tenso
 
 
 def token_by_token(model: NativeModel, ids: Tensor) -> Tensor:
-    sequence = model.new_sequence(len(ids))
-    return torch.stack([model.decode(sequence, id).clone() for id in ids.tolist()])
+    slots = model.slots(1, len(ids))
+    return torch.cat([slots.decode([0], ids[t : t + 1]).clone() for t in range(len(ids))])
+
+
+def after(slots: NativeSlots, slot: int, ids: Tensor | list[int]) -> Tensor:
+    """Logits (V,) after tokens behind those that a slot holds."""
+    return slots.prefill([slot], [ids])[0]
 
 
 def distance(logits: Tensor, expected: Tensor) -> float:
@@ -135,9 +140,7 @@ def assert_same_rounding(model: NativeModel, expected: OpenELM, group: int | Non
     follows. So most single tokens must agree, and of a text no more than what rounding costs is asked.
     """
     ids = random_ids(expected.config)
-    alone = [
-        distance(model.decode(model.new_sequence(1), int(id)), reference(expected, id[None], group)[0]) for id in ids
-    ]
+    alone = [distance(after(model.slots(1, 1), 0, id[None]), reference(expected, id[None], group)[0]) for id in ids]
     assert sorted(alone)[len(alone) // 2] < 1e-3
     logits, wanted = token_by_token(model, ids), reference(expected, ids, group)
     assert (logits - wanted).std() / wanted.std() < 0.05
@@ -188,33 +191,73 @@ def test_a_prompt_at_once_is_the_same_as_token_by_token(folder, isa, bits):
     # AVX-512 multiplies bf16 with bf16: a prompt's activations lose 2^-9 of their size. Else nothing may change.
     in_bf16 = isa == "avx512" and (bits is None or model.config.model_dim == ODD["model_dim"])
     tolerance = 0.1 if in_bf16 else 1e-4
+    slots = model.slots(1, len(ids))
     for length in [*range(1, 30), 63, len(ids)]:
-        sequence = model.new_sequence(len(ids))
-        assert distance(model.prefill(sequence, ids[:length]), one_by_one[length - 1]) < tolerance, length
-        assert sequence.length == length
-    all_at_once = model.verify(model.new_sequence(len(ids)), ids)
+        slots.truncate(0, 0)
+        assert distance(after(slots, 0, ids[:length]), one_by_one[length - 1]) < tolerance, length
+        assert slots.length(0) == length
+    slots.truncate(0, 0)
+    all_at_once = slots.verify(0, ids)
     assert distance(all_at_once, one_by_one) < tolerance
     assert (all_at_once - one_by_one).std() / one_by_one.std() < tolerance / 10
-    few = model.verify(model.new_sequence(4), ids[:4])
+    few = model.slots(1, 4).verify(0, ids[:4])
     assert distance(few, one_by_one[:4]) < 1e-4
 
 
 @built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_slots_that_advance_together_are_each_as_if_alone(folder, isa, bits):
+    model = NativeModel.load(folder, bits=bits, isa=isa, threads=2)
+    most = 30
+    texts = [random_ids(model.config, 1 + 7 * n % 23, seed=n) for n in range(most)]
+    alone, together = model.slots(most, 32), model.slots(most, 32)
+    for slots in (alone, together):
+        slots.prefill(range(most), texts)
+    next_B = random_ids(model.config, most, seed=99)
+    for count in (1, 2, 3, 5, 8, 13, 30):
+        chosen = [(11 * n + count) % most for n in range(count)]  # in no order
+        wanted = torch.cat([alone.decode([slot], next_B[slot : slot + 1]).clone() for slot in chosen])
+        assert torch.equal(together.decode(chosen, next_B[chosen]), wanted), count
+    assert [together.length(n) for n in range(most)] == [alone.length(n) for n in range(most)]
+
+
+@built
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_truncated_sequence_goes_on_like_a_new_one(uneven, bits):
+def test_a_truncated_slot_goes_on_like_a_new_one(uneven, bits):
     model = NativeModel.load(uneven, bits=bits, threads=2)
     ids, other = random_ids(model.config), random_ids(model.config, seed=1)
-    sequence = model.new_sequence(64)
+    slots = model.slots(2, 64)
     for kept in (25, 24, 16, 3, 0):
-        new = model.new_sequence(64)
-        for one in (sequence, new):
-            one.truncate(0)
+        for slot in (0, 1):
+            slots.truncate(slot, 0)
             for id in other[:kept].tolist():
-                model.decode(one, id)
-        model.prefill(sequence, other[kept:])
-        sequence.truncate(kept)
+                slots.decode([slot], [id])
+        after(slots, 0, other[kept:])
+        slots.truncate(0, kept)
+        slots.truncate(1, kept)
         for id in ids[:5].tolist():
-            assert torch.equal(model.decode(sequence, id), model.decode(new, id))
+            assert torch.equal(slots.decode([0], [id]).clone(), slots.decode([1], [id]))
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+def test_a_copied_slot_goes_on_like_the_one_it_was_copied_from(folder, isa):
+    model = NativeModel.load(folder, isa=isa)
+    slots, ids = model.slots(4, 48), random_ids(model.config)
+    after(slots, 1, ids)  # which is longer than what comes in its place
+    for length in (1, 16, 17, 31, 0):
+        slots.truncate(0, 0)
+        if length:
+            after(slots, 0, ids[-length:])
+        slots.copy(0, 1)
+        slots.copy(0, 2)
+        slots.copy(0, 0)
+        assert [slots.length(slot) for slot in range(4)] == [length, length, length, 0]
+        after(slots, 2, ids[:4])  # and is nobody else's
+        for id in ids[:5].tolist():
+            wanted = slots.decode([0], [id]).clone()
+            assert torch.equal(slots.decode([1], [id]), wanted)
 
 
 @built
@@ -223,11 +266,15 @@ def test_number_of_threads_changes_no_bit(uneven):
     for bits in (None, 8, 4):
         few, many = (NativeModel.load(uneven, bits=bits, threads=threads) for threads in (1, 5))
         assert torch.equal(token_by_token(few, ids), token_by_token(many, ids))
-        assert torch.equal(few.verify(few.new_sequence(64), ids), many.verify(many.new_sequence(64), ids))
+        assert torch.equal(few.slots(1, 64).verify(0, ids), many.slots(1, 64).verify(0, ids))
+        texts = [ids[: 9 * n + 1] for n in range(4)]
+        ones, others = few.slots(4, 64), many.slots(4, 64)
+        assert torch.equal(ones.prefill(range(4), texts), others.prefill(range(4), texts))
+        assert torch.equal(ones.decode(range(4), ids[:4]), others.decode(range(4), ids[:4]))
 
 
 @built
-def test_sequences_do_not_disturb_each_other(uneven):
+def test_threads_with_slots_of_one_model_do_not_disturb_each_other(uneven):
     model = NativeModel.load(uneven, threads=2)
     texts = [random_ids(model.config, 30, seed) for seed in range(4)]
     alone = [token_by_token(model, ids) for ids in texts]
@@ -245,62 +292,95 @@ def test_sequences_do_not_disturb_each_other(uneven):
 
 
 @built
-def test_logits_share_the_sequences_memory(uneven):
+def test_only_logits_of_decode_are_written_over(uneven):
     model = NativeModel.load(uneven)
-    sequence = model.new_sequence(8)
-    first = model.decode(sequence, 1)
+    slots = model.slots(2, 8)
+    prompts = [slots.prefill([slot], [[1, 2]]) for slot in (0, 1)]
+    first = slots.decode([0, 1], [3, 3])
     kept = first.clone()
-    second = model.decode(sequence, 2)
-    assert first.data_ptr() == second.data_ptr() and not torch.equal(kept, second)
-    assert second.shape == (model.config.vocab_size,)
+    second = slots.decode([1], [4])
+    assert torch.equal(*prompts) and prompts[0].data_ptr() != prompts[1].data_ptr()
+    assert torch.equal(kept[0], kept[1]) and torch.equal(first[0], second[0]) and not torch.equal(kept[0], second[0])
+    assert second.shape == (1, model.config.vocab_size)
 
 
 @built
 @pytest.mark.parametrize("ids", [[448], [-1], [1, 2, 2**31], [2**64], [-(2**40)], [], [1.5], [[1, 2]], ["a"], [None]])
 def test_bad_token_ids_are_refused_and_nothing_is_lost(uneven, ids):
-    model = NativeModel.load(uneven)
-    sequence, fresh = model.new_sequence(8), model.new_sequence(8)
-    model.prefill(sequence, [1, 2])
-    for run in (model.prefill, model.verify):
+    slots = NativeModel.load(uneven).slots(3, 8)
+    slots.prefill([0], [[1, 2]])
+    for call in (
+        lambda: slots.prefill([0], [ids]),
+        lambda: slots.prefill([1, 0], [[5, 6], ids]),
+        lambda: slots.verify(0, ids),
+        lambda: slots.decode([1, 0], [3, *ids]),
+    ):
         with pytest.raises(ValueError):
-            run(sequence, ids)
-    assert sequence.length == 2
-    model.prefill(fresh, [1, 2])
-    assert torch.equal(model.decode(sequence, 3), model.decode(fresh, 3))
+            call()
+    assert [slots.length(slot) for slot in range(3)] == [2, 0, 0]
+    slots.prefill([2], [[1, 2]])
+    assert torch.equal(slots.decode([0], [3]).clone(), slots.decode([2], [3]))
 
 
 @built
 def test_more_tokens_than_there_is_room_for(uneven):
     model = NativeModel.load(uneven)
-    sequence = model.new_sequence(5)
+    slots = model.slots(2, 5)
     with pytest.raises(ValueError, match="6 tokens behind 0 are more than the capacity of 5"):
-        model.prefill(sequence, [1] * 6)
-    model.prefill(sequence, [1] * 5)
+        slots.prefill([1, 0], [[1], [1] * 6])
+    slots.prefill([0], [[1] * 5])
     with pytest.raises(ValueError, match="1 tokens behind 5"):
-        model.decode(sequence, 1)
+        slots.decode([1, 0], [1, 1])
+    assert slots.length(1) == 0
     for length in (6, -1):
         with pytest.raises(ValueError, match="cannot cut"):
-            sequence.truncate(length)
+            slots.truncate(0, length)
     for capacity in (0, -1, 65, 2**40):
         with pytest.raises(ValueError, match="capacity"):
-            model.new_sequence(capacity)
+            model.slots(1, capacity)
+    with pytest.raises(ValueError, match="0 slots"):
+        model.slots(0, 5)
+
+
+@built
+def test_slots_that_are_not_there_or_named_twice(uneven):
+    slots = NativeModel.load(uneven).slots(2, 8)
+    for wrong in (2, -1):
+        for call in (
+            lambda wrong=wrong: slots.length(wrong),
+            lambda wrong=wrong: slots.truncate(wrong, 0),
+            lambda wrong=wrong: slots.copy(0, wrong),
+            lambda wrong=wrong: slots.decode([0, wrong], [1, 1]),
+            lambda wrong=wrong: slots.prefill([wrong], [[1]]),
+            lambda wrong=wrong: slots.verify(wrong, [1]),
+        ):
+            with pytest.raises(ValueError, match=f"slot {wrong} is not one of 2"):
+                call()
+    for call in (lambda: slots.decode([1, 1], [1, 1]), lambda: slots.prefill([1, 1], [[1], [2]])):
+        with pytest.raises(ValueError, match="twice"):
+            call()
+    for call in (lambda: slots.decode([0, 1], [1]), lambda: slots.prefill([0, 1], [[1]])):
+        with pytest.raises(ValueError, match="do not fit"):
+            call()
+    assert slots.length(0) == slots.length(1) == 0
 
 
 @built
 def test_a_sequence_of_another_model_is_refused(uneven):
-    one, other = NativeModel.load(uneven), NativeModel.load(uneven)
+    one, other = NativeModel.load(uneven).slots(1, 4), NativeModel.load(uneven).slots(1, 4)
+    one._sequences = other._each([0])
     with pytest.raises(ValueError, match="another model"):
-        one.decode(other.new_sequence(4), 1)
+        one.decode([0], [1])
 
 
 @built
-def test_a_sequence_outlives_its_model(uneven):
+def test_slots_outlive_their_model(uneven):
     model = NativeModel.load(uneven)
-    sequence = model.new_sequence(4)
-    model.decode(sequence, 1)
+    slots = model.slots(1, 4)
+    slots.decode([0], [1])
     del model
-    assert sequence.length == 1
-    sequence.truncate(0)
+    slots.decode([0], [2])
+    assert slots.length(0) == 2
 
 
 @built
@@ -337,7 +417,7 @@ def test_what_does_not_belong_to_the_model_never_gets_into_it(uneven):
         lambda: model.set_affine(name, words[:, :8].astype(np.uint32), words[:, :2].copy(), words[:, :1].copy(), 4, 32),
         lambda: model.set_affine(name, words[:, :7].astype(np.uint32), words[:, :2].copy(), words[:, :2].copy(), 4, 32),
         lambda: model.set_affine(name, words[:, :8].astype(np.uint32), *[words[:, :2].astype(np.int64)] * 2, 4, 32),
-        lambda: model.forward(model.new_sequence(4), np.zeros(1, np.int32), np.zeros((1, 48), np.float32)),
+        lambda: model.decode([model.new_sequence(4)], np.zeros(1, np.int64), np.zeros((1, 48), np.float32)),
     ):
         with pytest.raises(ValueError):
             call()
@@ -346,8 +426,19 @@ def test_what_does_not_belong_to_the_model_never_gets_into_it(uneven):
         model.set_bf16(name, words, 16, 32)
     with pytest.raises(TypeError):
         model.set_bf16(name, words.astype(np.float32), 16, 32)
-    with pytest.raises(ValueError, match="padded vocabulary"):
-        model.forward(model.new_sequence(4), np.zeros(1, np.int32), np.zeros((1, 40), np.float32))
+    one, id, logits = model.new_sequence(4), np.zeros(1, np.int64), np.zeros((1, 48), np.float32)
+    for wrong_logits in (np.zeros((1, 40), np.float32), np.zeros((2, 48), np.float32)):
+        with pytest.raises(ValueError, match="padded vocabulary"):
+            model.forward([one], id, [1], wrong_logits, False)
+        with pytest.raises(ValueError, match="padded vocabulary"):
+            model.decode([one], id, wrong_logits)
+    for counts in ([2], [0], [-1], [1, 1], [], [2**62]):
+        with pytest.raises(ValueError):
+            model.forward([one], id, counts, logits, False)
+    with pytest.raises(ValueError, match="do not fit"):
+        model.forward([one, model.new_sequence(4)], id, [-1, 2], np.zeros((2, 48), np.float32), False)
+    with pytest.raises(ValueError, match="one kind"):
+        one.copy(model.new_sequence(40))
 
 
 @built
@@ -373,7 +464,7 @@ def test_weights_that_are_not_finite_do_not_crash(uneven):
     save_model(model, uneven, overwrite=True)
     for bits in (None, 8, 4):
         broken = NativeModel.load(uneven, bits=bits)
-        assert broken.verify(broken.new_sequence(8), [1, 2, 3]).shape == (3, model.config.vocab_size)
+        assert broken.slots(1, 8).verify(0, [1, 2, 3]).shape == (3, model.config.vocab_size)
 
 
 def test_without_the_extension_the_reason_is_said_once(tmp_path, monkeypatch, capsys):

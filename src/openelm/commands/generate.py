@@ -14,6 +14,7 @@ from openelm.errors import UserError
 
 if TYPE_CHECKING:
     from openelm.infer.engine import Engine, Stream
+    from openelm.infer.speculative import Speculation
 
 HELP = "Continue a prompt with a model, streaming the text."
 EXAMPLE = 'openelm generate runs/demo --prompt "def main(" --max-tokens 100 --temperature 0.8 --top-p 0.95'
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_engine_arguments(parser)
     add_backend_arguments(parser)
+    add_draft_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, instead of the text")
 
 
@@ -87,6 +89,24 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step (takes a minute)")
 
 
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drafted (docs/speculative.md); ``load_speculation`` reads it."""
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a smaller model with the same tokenizer drafts tokens: same text, fewer passes",
+    )
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="draft what followed the last N tokens where they stood before (N: 3)",
+    )
+    parser.add_argument("--draft-tokens", type=int, metavar="K", help="draft at most K tokens a pass (default: 3)")
+
+
 def load_engine(args: argparse.Namespace) -> Engine:
     """The engine that MODEL, --tokenizer, --dtype, --device, --threads and --backend ask for."""
     from openelm.infer.engine import Engine
@@ -107,6 +127,36 @@ def load_engine(args: argparse.Namespace) -> Engine:
         threads=args.threads,
         compile=getattr(args, "compile", False),
     )
+
+
+def check_drafting(args: argparse.Namespace) -> None:
+    """UserError where --draft, --lookup and --draft-tokens do not make sense, before anything is loaded."""
+    if args.draft is not None and args.lookup is not None:
+        raise UserError("--draft and --lookup both draft: give one of them")
+    if args.draft_tokens is not None and args.draft is None and args.lookup is None:
+        raise UserError(
+            f"--draft-tokens {args.draft_tokens} needs something that drafts: add --draft MODEL or --lookup"
+        )
+    for option, value in (("--draft-tokens", args.draft_tokens), ("--lookup", args.lookup)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} must be at least 1")
+
+
+def load_speculation(args: argparse.Namespace, engine: Engine) -> Speculation | None:
+    """What drafts for the engine; a draft is computed as MODEL is."""
+    from openelm.infer.speculative import DRAFT_TOKENS, Speculation, check_vocabulary
+
+    tokens = args.draft_tokens or DRAFT_TOKENS
+    if args.draft is None:
+        return Speculation(lookup=args.lookup, tokens=tokens) if args.lookup is not None else None
+    draft = load_engine(argparse.Namespace(**{**vars(args), "model": args.draft}))
+    check_vocabulary(engine.tokenizer, draft.tokenizer)
+    sizes = [each.decoder.config.num_parameters() for each in (draft, engine)]
+    if sizes[0] > sizes[1]:
+        print(
+            f"the draft has {sizes[0]:,} parameters, the model {sizes[1]:,}: a draft pays if smaller", file=sys.stderr
+        )
+    return Speculation(draft.decoder, tokens=tokens)
 
 
 def model_folder(reference: str) -> Path:
@@ -172,19 +222,21 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     checked_stops(args.stop)
+    check_drafting(args)
     prompt = read_standard_input() if args.prompt is None else args.prompt
     engine = load_engine(args)
     ids = engine.tokenizer.encode(prompt)
-    stream = engine.stream(ids, args.max_tokens, sampling, args.stop, slide=args.sliding_window)
+    drafts = load_speculation(args, engine)
+    stream = engine.stream(ids, args.max_tokens, sampling, args.stop, slide=args.sliding_window, speculation=drafts)
     if args.json:
-        print(json.dumps(_as_dict(prompt, "".join(stream), stream, engine), ensure_ascii=False))
+        print(json.dumps(_as_dict(prompt, "".join(stream), stream, engine, drafts), ensure_ascii=False))
     else:
         print(prompt, end="", flush=True)
         for piece in stream:
             print(piece, end="", flush=True)
         print()
     stream.close()
-    print(f"{_speeds(stream)}; {engine.decoder.description}", file=sys.stderr)
+    print(f"{_speeds(stream)}{_acceptance(drafts)}; {engine.decoder.description}", file=sys.stderr)
     return 0
 
 
@@ -199,7 +251,9 @@ def read_standard_input() -> str:
     return text.removesuffix("\n")
 
 
-def _as_dict(prompt: str, completion: str, stream: Stream, engine: Engine) -> dict[str, object]:
+def _as_dict(
+    prompt: str, completion: str, stream: Stream, engine: Engine, drafts: Speculation | None
+) -> dict[str, object]:
     return {
         "prompt": prompt,
         "completion": completion,
@@ -210,6 +264,14 @@ def _as_dict(prompt: str, completion: str, stream: Stream, engine: Engine) -> di
         "decode_s": stream.decode_s,
         "decode_tokens_per_s": stream.decode_tokens_per_s,
         "engine": engine.decoder.description,
+        "speculation": drafts
+        and {
+            "drafted": drafts.account.drafted,
+            "accepted": drafts.account.accepted,
+            "acceptance": drafts.account.acceptance,
+            "passes": drafts.account.passes,
+            "tokens_per_pass": drafts.account.tokens_per_pass,
+        },
     }
 
 
@@ -218,3 +280,11 @@ def _speeds(stream: Stream) -> str:
     if stream.decode_tokens_per_s is not None:
         text += f"; then {stream.decode_tokens_per_s:.1f} tokens/s"
     return f"{text}; {len(stream.ids)} tokens, finish reason: {stream.finish_reason or 'closed'}"
+
+
+def _acceptance(drafts: Speculation | None) -> str:
+    if drafts is None:
+        return ""
+    account = drafts.account
+    text = f"; {account.accepted} of {account.drafted} drafted tokens accepted"
+    return text if account.tokens_per_pass is None else f"{text}, {account.tokens_per_pass:.2f} tokens a pass"

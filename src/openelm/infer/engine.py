@@ -20,7 +20,8 @@ from openelm.errors import UserError
 from openelm.infer import native
 from openelm.infer.sampling import Sampling
 from openelm.infer.slots import Decoder, Slots
-from openelm.infer.texts import Texts
+from openelm.infer.speculative import Speculation
+from openelm.infer.texts import Texts, common_prefix
 from openelm.infer.torch_decoder import TorchDecoder
 from openelm.infer.writing import Writer, checked_stops
 from openelm.model.folder import find_model_folder, load_config, load_model
@@ -71,14 +72,15 @@ class Engine:
         logits; "auto" takes it on a CPU where it is built and no other dtype is asked for. ``compile`` is torch's.
         """
         folder = find_model_folder(Path(folder))
-        device = checked_device(device)
+        device = checked_device("cpu" if device is None and backend == "native" else device)
         words = Tokenizer.load(tokenizer or folder)
-        if backend == "native" and (device.type != "cpu" or dtype not in (None, torch.bfloat16)):
+        fits = device.type == "cpu" and dtype in (None, torch.bfloat16) and not compile
+        if backend == "native" and not fits:
+            asked = f"{str(dtype or 'its own dtype').removeprefix('torch.')} on {device}"
             raise UserError(
-                f"the native backend computes on the CPU in bfloat16, not on {device} in {dtype}: try torch"
+                f"the native backend computes in bfloat16 on the CPU; {asked}{', compiled,' * compile} is for torch"
             )
-        wanted = backend == "native" or (device.type == "cpu" and dtype in (None, torch.bfloat16) and not compile)
-        if backend == "native" or (backend == "auto" and wanted and native.available()):
+        if backend == "native" or (backend == "auto" and fits and native.available()):
             return cls(native.NativeModel.load(folder, threads=threads), words)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -111,6 +113,7 @@ class Engine:
         *,
         add_bos: bool = True,
         slide: bool = False,
+        speculation: Speculation | None = None,
     ) -> Stream:
         """Continue one prompt: iterate over the result for pieces of text as they complete.
 
@@ -118,11 +121,13 @@ class Engine:
         first ``stop`` string, after ``max_new_tokens``, or when prompt and completion fill the model's context. With
         ``slide`` it goes on there, with its first token and the later half of the context. Raises UserError, before
         anything is computed, for a prompt longer than the context. What it has in common with the stream before is not
-        computed again.
+        computed again. With ``speculation`` tokens are drafted for it: the text is the same.
         """
+        if slide and speculation is not None:
+            raise UserError("drafts need the whole text in the window: leave the sliding window out, or the drafts")
         prompt = self._checked_prompt(prompt_ids, add_bos, slide)
         writer = Writer(self.tokenizer, prompt, self._room(prompt, max_new_tokens, slide), checked_stops(stop))
-        return Stream(writer, self._steps(prompt, writer.room, sampling, slide), len(prompt))
+        return Stream(writer, self._steps(prompt, writer.room, sampling, slide, speculation), len(prompt))
 
     def generate(
         self,
@@ -160,8 +165,10 @@ class Engine:
             Completion(text, writer.ids, writer.finish_reason) for text, writer in zip(pieces, writers, strict=True)
         ]
 
-    def _steps(self, prompt: list[int], steps: int, sampling: Sampling, slide: bool) -> Generator[list[int]]:
-        """The next token of one prompt, ``steps`` times."""
+    def _steps(
+        self, prompt: list[int], steps: int, sampling: Sampling, slide: bool, speculation: Speculation | None
+    ) -> Generator[list[int]]:
+        """The next ``steps`` tokens of one prompt, one at a time or, where they are drafted, some."""
         if steps < 1:
             return
         needed = self._capacity([prompt], steps)
@@ -170,12 +177,27 @@ class Engine:
             # Room for what may follow it: a conversation grows.
             kept = self.decoder.slots(1, min(self.limit, max(256, 1 << (needed - 1).bit_length()))), []
         slots, held = kept
+        if speculation is not None:
+            yield from self._drafted(speculation, slots, held, prompt, steps, sampling)
+            return
         texts = self._texts(slots, [prompt], sampling, [sampling.seed], slide, held)
         try:
             for _ in range(steps):
                 yield texts.step([0])
         finally:
             self._kept = slots, texts.held()
+
+    def _drafted(
+        self, speculation: Speculation, slots: Slots, held: list[int], prompt: list[int], steps: int, sampling: Sampling
+    ) -> Generator[list[int]]:
+        """The same, as speculative.py has it."""
+        text = list(prompt)
+        slots.truncate(0, min(slots.length(0), common_prefix([text, [*held, -1]])))
+        logits_1V = slots.prefill([0], [text[slots.length(0) :]])
+        try:
+            yield from speculation.steps(slots, 0, logits_1V[0], text, steps, sampling, self.tokenizer.vocab_size)
+        finally:
+            self._kept = slots, text[: slots.length(0)]
 
     def _texts(
         self,

@@ -1,8 +1,8 @@
-"""The CPU decoder in C++ (native/): its weights from a model folder, sequences, logits.
+"""The CPU decoder in C++ (native/): its weights from a model folder, slots, logits.
 
 It is built at installation where there is a compiler. Where there was none, ``available()`` is False, and torch serves.
 
-Shapes: T tokens, V vocabulary.
+Shapes: B slots, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -90,39 +90,79 @@ def read_bandwidth(threads: int | None = None, *, megabytes: int = 512, rounds: 
     return bandwidth
 
 
-class Sequence:
-    """A text in the making: keys and values of its tokens, and the logits behind the last."""
+class NativeSlots:
+    """Texts in the making: keys and values of their tokens. A slot takes memory once it is used.
 
-    def __init__(self, native: Any, vocab_size: int, padded_vocab: int) -> None:
-        self._native = native
-        self._padded_1V = torch.empty(1, padded_vocab)
-        self._logits_V = self._padded_1V[0, :vocab_size]
+    A slot's logits are the same, to the bit, whichever others advance with it. What does not fit (a token id outside
+    the vocabulary, more tokens than there is room for) is a ValueError, and changes no slot.
+    """
 
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        length: int = self._native.length
-        return length
+    def __init__(self, native: Any, config: ModelConfig, count: int, capacity: int) -> None:
+        self._native, self._vocab_size, self._padded_vocab = native, config.vocab_size, native.padded_vocab
+        self._capacity = capacity
+        self._sequences: list[Any] = [None] * count
+        self._logits_BV = torch.empty(1, self._padded_vocab)
 
     @property
     def capacity(self) -> int:
-        """Tokens that there is room for."""
-        capacity: int = self._native.capacity
-        return capacity
+        """Tokens that each has room for."""
+        return self._capacity
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens. ValueError where there are fewer."""
-        self._native.truncate(length)
+    def length(self, slot: int) -> int:
+        """Tokens that a slot holds."""
+        length: int = self._sequence(slot).length
+        return length
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int] | Tensor]) -> Tensor:
+        """Run each slot's tokens behind those that it holds; logits (B, V) after the last of each."""
+        arrays = [_checked(ids) for ids in prompts]
+        logits_BV = torch.empty(len(slots), self._padded_vocab)
+        ids = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+        self._native.forward(self._each(slots), ids, [len(array) for array in arrays], logits_BV.numpy(), False)
+        return logits_BV[:, : self._vocab_size]
+
+    def decode(self, slots: Sequence[int], tokens_B: Sequence[int] | Tensor) -> Tensor:
+        """Run one more token of each slot; logits (B, V) after it, which the next call writes over."""
+        if len(slots) > len(self._logits_BV):
+            self._logits_BV = torch.empty(len(slots), self._padded_vocab)
+        logits_BV = self._logits_BV[: len(slots)]
+        self._native.decode(self._each(slots), _checked(tokens_B), logits_BV.numpy())
+        return logits_BV[:, : self._vocab_size]
+
+    def verify(self, slot: int, ids: Sequence[int] | Tensor) -> Tensor:
+        """Run tokens behind those that a slot holds; logits (T, V) after each."""
+        array = _checked(ids)
+        logits_TV = torch.empty(len(array), self._padded_vocab)
+        self._native.forward(self._each([slot]), array, [len(array)], logits_TV.numpy(), True)
+        return logits_TV[:, : self._vocab_size]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all but a slot's first ``length`` tokens. ValueError where there are fewer."""
+        self._sequence(slot).truncate(length)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let ``target`` hold what ``source`` holds."""
+        self._sequence(target).copy(self._sequence(source))
+
+    def _each(self, slots: Sequence[int]) -> list[Any]:
+        return [self._sequence(slot) for slot in slots]
+
+    def _sequence(self, slot: int) -> Any:
+        if not 0 <= slot < len(self._sequences):
+            raise ValueError(f"slot {slot} is not one of {len(self._sequences)}, which are counted from 0")
+        sequence = self._sequences[slot]
+        if sequence is None:
+            sequence = self._sequences[slot] = self._native.new_sequence(self._capacity)
+        return sequence
 
 
 class NativeModel:
-    """A model on the CPU; one computes at a time, whoever calls.
+    """A model on the CPU (a ``Decoder`` of slots.py); one computes at a time, whoever calls."""
 
-    What does not fit (a token id outside the vocabulary, more tokens than a sequence has room for) is a ValueError.
-    """
+    device = torch.device("cpu")
 
-    def __init__(self, native: Any, config: ModelConfig) -> None:
-        self._native, self.config = native, config
+    def __init__(self, native: Any, config: ModelConfig, bits: int) -> None:
+        self._native, self.config, self.bits = native, config, bits
 
     @classmethod
     def load(
@@ -165,8 +205,7 @@ class NativeModel:
             threads=threads,
             kernels=isa,
         )
-        _fill(native, folder, config, bits, group_size)
-        return cls(native, config)
+        return cls(native, config, _fill(native, folder, config, bits, group_size))
 
     @property
     def bytes_per_token(self) -> int:
@@ -186,47 +225,35 @@ class NativeModel:
         name: str = self._native.kernels
         return name
 
-    def new_sequence(self, capacity: int) -> Sequence:
-        """An empty sequence with room for ``capacity`` tokens; ValueError beyond the model's context."""
+    @property
+    def description(self) -> str:
+        """As Decoder has it."""
+        weights = "bfloat16" if self.bits == 16 else f"{self.bits} bits"
+        return f"native, {self.isa}, threads: {self.threads}, {weights}"
+
+    def slots(self, count: int, capacity: int) -> NativeSlots:
+        """Empty slots with room for ``capacity`` tokens each; ValueError beyond the model's context."""
         limit = self.config.max_context_length
+        if count < 1:
+            raise ValueError(f"{count} slots: give at least 1")
         if not 1 <= capacity <= limit:
             raise ValueError(f"a capacity of {capacity} tokens: the model's context allows 1 to {limit}")
-        return Sequence(self._native.new_sequence(capacity), self.config.vocab_size, self._native.padded_vocab)
-
-    def prefill(self, sequence: Sequence, ids: Ids[int] | Tensor) -> Tensor:
-        """Run tokens behind those that the sequence holds; logits (V,) after the last.
-
-        They are the sequence's own, and the next call writes over them.
-        """
-        self._native.forward(sequence._native, _checked(ids), sequence._padded_1V.numpy())
-        return sequence._logits_V
-
-    def decode(self, sequence: Sequence, id: int) -> Tensor:
-        """The same for one more token."""
-        return self.prefill(sequence, (id,))
-
-    def verify(self, sequence: Sequence, ids: Ids[int] | Tensor) -> Tensor:
-        """Run tokens as ``prefill`` does; logits (T, V) after each of them, the caller's own."""
-        array = _checked(ids)
-        logits_TV = torch.empty(len(array), self._native.padded_vocab)
-        self._native.forward(sequence._native, array, logits_TV.numpy())
-        return logits_TV[:, : self.config.vocab_size]
+        return NativeSlots(self._native, self.config, count, capacity)
 
 
-def _checked(ids: Ids[int] | Tensor) -> np.ndarray:
-    """Token ids as the decoder takes them; it checks their range, this that they are whole numbers of 32 bits."""
-    array = np.asarray(ids)
+def _checked(ids: Sequence[int] | Tensor) -> np.ndarray:
+    """Token ids as the decoder takes them; it checks their range, this that they are whole numbers in one row."""
+    array = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"token ids must be whole numbers in one row, not {array.dtype} of shape {array.shape}")
-    small = array.astype(np.int32)
-    if not np.array_equal(small, array):
-        raise ValueError(f"token id {array[small != array][0]} is outside the vocabulary")
-    return small
+    return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _fill(native: Any, folder: Path, config: ModelConfig, bits: int | None, group_size: int) -> None:
+def _fill(native: Any, folder: Path, config: ModelConfig, bits: int | None, group_size: int) -> int:
+    """Hand over all tensors; the bits of the weights."""
     stored, shapes = open_tensors(folder), tensor_shapes(config)
     stored.check(shapes)
+    held = bits or 16
     for name, shape in shapes.items():
         tensor = stored.raw(name)
         if isinstance(tensor, Quantized):
@@ -234,11 +261,13 @@ def _fill(native: Any, folder: Path, config: ModelConfig, bits: int | None, grou
                 raise UserError(f"{folder} is quantised to {tensor.bits} bits already: leave bits={bits} out")
             words, scales, biases = tensor.weight.numpy(), _scales(tensor.scales), _scales(tensor.biases)
             native.set_affine(name, words, scales, biases, tensor.bits, tensor.group_size)
+            held = tensor.bits
         elif len(shape) == 1:
             native.set_gain(name, tensor.float().numpy())
         else:
             values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
             native.set_bf16(name, values, bits or 16, group_size)
+    return held
 
 
 def _scales(values: Tensor) -> np.ndarray:
