@@ -124,6 +124,7 @@ def folder(newcomer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("model", "tokenizer", f"checkpoints/{kept.name}"):
         shutil.copytree(folder / "runs" / "demo" / part, folder / "runs" / "mine" / part)
     shutil.copytree(folder / "runs" / "mine" / "model", folder / "runs" / "tuned" / "model")
+    shutil.copytree(folder / "runs" / "mine" / "model", folder / "runs" / "draft" / "model")
     assert cli.run(["convert", str(folder / "model"), str(folder / "model.gguf"), "--to", "gguf"]) == 0
     return folder
 

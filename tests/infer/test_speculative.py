@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -188,11 +189,12 @@ def test_a_draft_that_is_always_wrong_costs_short_passes_and_changes_nothing():
 
 def test_drafts_grow_with_what_stays_and_shrink_where_it_does_not():
     wrong = (9, 10, 11, 12)
-    target, speculation = Table(counting(40)), Speculation(Table(counting(40, wrong)), tokens=6)
-    run(speculation, target, [0], 39, Sampling(), vocab_size=40)
+    target, drafting = Table(counting(40)), Table(counting(40, wrong))
+    run(Speculation(drafting, tokens=6), target, [0], 39, Sampling(), vocab_size=40)
     lengths = [len(ids) - 1 for ids in target.passes[1:]]
     # From 8 on the second is wrong, from 10, 11 and 12 the first; at the end there is room for three.
     assert lengths == [6, 6, 3, 2, 2, 2, 4, 6, 6, 3]
+    assert drafting.held == list(range(38))  # nothing of what was wrong; of the last three, two were run
 
 
 def test_only_what_the_text_gained_goes_through_the_draft():
@@ -212,6 +214,21 @@ def test_a_conversation_that_goes_on_is_not_computed_again_by_the_draft():
     drafting.passes.clear()
     run(speculation, Table(counting(40)), [0, 7], 4, Sampling(), vocab_size=40)
     assert drafting.passes[0] == [7, 8]
+
+
+def test_two_texts_at_once_do_not_disturb_each_other(model, draft, tokenizer_file):
+    decoder, sampling, prompts = TorchDecoder(model), Sampling(temperature=1.0, seed=6), (PROMPT, PROMPT[:4])
+    for speculation in (Speculation(TorchDecoder(draft)), Speculation()):
+        slots, texts = decoder.slots(2, CONTEXT), [list(prompt) for prompt in prompts]
+        running = [
+            speculation.steps(slots, n, slots.prefill([n], [text])[0], text, 20, sampling, VOCABULARY)
+            for n, text in enumerate(texts)
+        ]
+        for _ in zip_longest(*running):
+            pass
+        for prompt, text in zip(prompts, texts, strict=True):
+            expected = plain(decoder, prompt, 20, sampling, tokenizer_file)
+            assert text[len(prompt) :][: len(expected)] == expected
 
 
 def test_a_text_given_up_in_the_middle_leaves_nothing_behind(model, draft, tokenizer_file):
@@ -389,15 +406,12 @@ def test_a_repetition_goes_on_past_the_end_of_the_text():
 
 
 def copied(text, longest, count=4):
-    drafts = _Copied(longest)
-    drafts.begin(None, 0)
-    return drafts.propose(text, count)
+    return _Copied(longest).propose(text, count)
 
 
 def test_the_index_finds_what_a_search_of_the_whole_text_finds():
     draw = random.Random(1)
     drafts, text = _Copied(3), [draw.randrange(6)]
-    drafts.begin(None, 0)
     for _ in range(400):
         # As many at a time as a pass may give.
         text += [draw.randrange(6) for _ in range(draw.randint(1, 5))]

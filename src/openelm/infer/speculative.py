@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class Account:
 
 
 class Speculation:
-    """How tokens are drafted, for one text after the other, and in ``account`` what came of it.
+    """How tokens are drafted, for any number of texts, and in ``account`` what came of it.
 
     ``draft`` is a smaller model with the same vocabulary (``check_vocabulary``). Without one, drafts are copied from
     the text so far: what followed its last ``lookup`` tokens, or fewer, where they stood before. At most ``tokens``
@@ -69,8 +68,8 @@ class Speculation:
             raise UserError(f"{tokens} draft tokens: give at least 1, or leave drafting out")
         if lookup < 1:
             raise UserError(f"a lookup of {lookup} tokens: give at least 1, or leave it out")
-        self._drafts: _Drafts = _Copied(lookup) if draft is None else _Computed(draft)
-        self._most = tokens
+        self._draft, self._lookup, self._most = draft, lookup, tokens
+        self._kept: tuple[Slots, list[int]] | None = None  # of the draft, from the last text: slots, what they hold
         self.account = Account()
 
     def steps(
@@ -85,37 +84,51 @@ class Speculation:
     ) -> Generator[list[int]]:
         """The next ``count`` token ids of a text, some at a time; whoever iterates decides when it has ended.
 
-        ``slot`` holds ``text``, and ``logits_V`` are those after it; of them the first ``vocab_size`` are chosen from.
-        ``text`` grows by what is given out; the slot then holds all of it but the last token.
+        ``slot`` holds ``text`` and has room for ``count`` - 1 more. ``logits_V`` are those after it; of them the first
+        ``vocab_size`` are chosen from. ``text`` grows by what is given out; the slot then holds all but its last token.
         """
         if count < 1:
             return
         end, hoped = len(text) + count, self._most
-        choose = _Choice(sampling, vocab_size)
-        self._drafts.begin(_Choice(sampling, vocab_size), end)
+        choose, drafts = _Choice(sampling, vocab_size), self._begin(_Choice(sampling, vocab_size), end)
         chosen = choose(logits_V[None], text, [])
-        while True:
-            text += chosen
-            yield chosen
-            if len(text) == end:
-                return
-            # One token fewer than there is room for: the model adds one of its own.
-            drafted = self._drafts.propose(text, min(hoped, end - len(text) - 1))
-            held = slots.length(slot)
-            if drafted:
-                logits_TV = slots.verify(slot, [text[-1], *drafted])
-            else:
-                logits_TV = slots.decode([slot], torch.tensor(text[-1:], device=logits_V.device))
-            chosen = choose(logits_TV, text, drafted)
-            accepted = agreement(drafted, chosen)
-            del chosen[accepted + 1 :]  # chosen behind a token that is not there
-            slots.truncate(slot, held + 1 + accepted)
-            self.account.passes += 1
-            self.account.drafted += len(drafted)
-            self.account.accepted += accepted
-            if drafted:
-                # Two more than stayed: little is wasted where drafts go wrong early, and good ones grow.
-                hoped = min(self._most, accepted + 2)
+        try:
+            while True:
+                text += chosen
+                yield chosen
+                if len(text) == end:
+                    return
+                # One token fewer than there is room for: the model adds one of its own.
+                drafted = drafts.propose(text, min(hoped, end - len(text) - 1))
+                held = slots.length(slot)
+                if drafted:
+                    logits_TV = slots.verify(slot, [text[-1], *drafted])
+                else:
+                    logits_TV = slots.decode([slot], torch.tensor(text[-1:], device=logits_V.device))
+                chosen = choose(logits_TV, text, drafted)
+                accepted = agreement(drafted, chosen)
+                del chosen[accepted + 1 :]  # chosen behind a token that is not there
+                slots.truncate(slot, held + 1 + accepted)
+                self.account.passes += 1
+                self.account.drafted += len(drafted)
+                self.account.accepted += accepted
+                if drafted:
+                    # Two more than stayed: little is wasted where drafts go wrong early, and good ones grow.
+                    hoped = min(self._most, accepted + 2)
+        finally:
+            if isinstance(drafts, _Computed):
+                self._kept = drafts.slots, drafts.held
+
+    def _begin(self, choose: _Choice, end: int) -> _Copied | _Computed:
+        """Drafts for a text that will have ``end`` tokens at most."""
+        if self._draft is None:
+            return _Copied(self._lookup)
+        limit = self._draft.config.max_context_length
+        kept, self._kept = self._kept, None  # two texts at once have slots of their own
+        if kept is None or kept[0].capacity < min(limit, end):
+            # Room for what may follow: a conversation grows.
+            kept = self._draft.slots(1, min(limit, max(256, 2 * end))), []
+        return _Computed(*kept, choose, self._draft.device)
 
 
 class _Choice:
@@ -154,41 +167,23 @@ class _Choice:
         return seen_TV
 
 
-class _Drafts(Protocol):
-    """Where drafts come from."""
-
-    def begin(self, choose: _Choice, end: int) -> None:
-        """Another text comes, which will have ``end`` tokens at most."""
-
-    def propose(self, text: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow ``text``, which has grown since the last call."""
-
-
 class _Computed:
     """Drafts of a smaller model. What a text has in common with the one before it is not computed again."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._slots: Slots | None = None
-        self._held: list[int] = []  # what the slot holds
-        self._known = 0  # tokens of it that are known to be the text's
-
-    def begin(self, choose: _Choice, end: int) -> None:
-        self._choose, self._known = choose, 0
-        limit = self._decoder.config.max_context_length
-        if self._slots is None or self._slots.capacity < min(limit, end):
-            # Room for what may follow: a conversation grows.
-            self._slots, self._held = self._decoder.slots(1, min(limit, max(256, 2 * end))), []
+    def __init__(self, slots: Slots, held: list[int], choose: _Choice, device: torch.device) -> None:
+        self.slots, self.held = slots, held  # what the first slot holds
+        self._choose, self._device = choose, device
+        self._known = 0  # tokens held that are known to be the text's
 
     def propose(self, text: Sequence[int], count: int) -> list[int]:
-        assert self._slots is not None, "begin comes first"
+        """At most ``count`` tokens that may follow ``text``, which has grown since the last call."""
         # The last drafted token is not run; a text that has outgrown this model's context gets no drafts.
-        count = min(count, self._slots.capacity - len(text) + 1)
+        count = min(count, self.slots.capacity - len(text) + 1)
         if count < 1:
             return []
-        self._known += agreement(self._held[self._known :], text[self._known : -1])
-        self._slots.truncate(0, self._known)
-        del self._held[self._known :]
+        self._known += agreement(self.held[self._known :], text[self._known : -1])
+        self.slots.truncate(0, self._known)
+        del self.held[self._known :]
         drafted = self._choose(self._run(text[self._known :]), text, [])
         self._known = len(text)
         while len(drafted) < count:
@@ -197,12 +192,11 @@ class _Computed:
 
     def _run(self, ids: Sequence[int]) -> Tensor:
         """Logits (1, V) after some more tokens."""
-        assert self._slots is not None
         if len(ids) == 1:
-            logits_1V = self._slots.decode([0], torch.tensor(ids, device=self._decoder.device))
+            logits_1V = self.slots.decode([0], torch.tensor(ids, device=self._device))
         else:
-            logits_1V = self._slots.prefill([0], [ids])
-        self._held += ids
+            logits_1V = self.slots.prefill([0], [ids])
+        self.held += ids
         return logits_1V
 
 
@@ -211,12 +205,11 @@ class _Copied:
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-
-    def begin(self, choose: _Choice, end: int) -> None:
         self._ends: dict[tuple[int, ...], int] = {}  # where a run of tokens stood last, as the place behind it
         self._indexed = 0
 
     def propose(self, text: Sequence[int], count: int) -> list[int]:
+        """``count`` tokens that may follow ``text``, which has grown since the last call; none where all is new."""
         # Runs that the last token ends are left for the next time: nothing follows them yet.
         for end in range(self._indexed + 1, len(text)):
             for length in range(1, min(self._longest, end) + 1):
