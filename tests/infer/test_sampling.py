@@ -77,6 +77,21 @@ def test_top_p_counts_what_top_k_left_and_the_temperature_comes_before_both():
     assert set(kept(Sampling(temperature=0.5, top_p=0.6))) == {1}
 
 
+@pytest.mark.parametrize("spread", [0.5, 6.0])  # the likeliest 512 do not, and do, hold what is kept
+def test_top_p_of_a_large_vocabulary_is_that_of_a_sorted_one(spread):
+    logits_BV = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)) * spread
+    expected_BV = torch.full_like(logits_BV, -math.inf)
+    order_BV = logits_BV.argsort(dim=-1, descending=True)
+    for row, order in enumerate(order_BV):
+        sorted_p = logits_BV[row, order].double().softmax(dim=-1)
+        kept = order[(sorted_p.cumsum(dim=-1) - sorted_p) < 0.9]
+        assert (len(kept) < 512) == (spread > 1)
+        expected_BV[row, kept] = logits_BV[row, kept]
+    found_BC, ids_BC = candidates(logits_BV, Sampling(temperature=1, top_p=0.9))
+    found_BV = torch.full_like(logits_BV, -math.inf).scatter_(1, ids_BC, found_BC)
+    torch.testing.assert_close(found_BV.softmax(dim=-1), expected_BV.softmax(dim=-1))
+
+
 def test_repetition_penalty_moves_seen_tokens_down_whatever_their_sign():
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
     seen = torch.tensor([[True, True, False, False]])
