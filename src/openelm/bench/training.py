@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from openelm.bench.needs import check_memory
 from openelm.data.loader import Step
 from openelm.data.packing import Batch
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import Checkpointing, initial_weights
 from openelm.train import loop
 from openelm.train.guard import Event, Guard
+from openelm.train.hardware import Workload, estimate_memory
 from openelm.train.metrics import gemm_flops_per_s, peak_memory_bytes
 from openelm.train.optim import Optimizer
 from openelm.train.parallel import World, build
@@ -36,6 +38,17 @@ class TrainingBench:
     dtype: str
     compile: bool
     activation_checkpointing: Checkpointing
+
+
+def announced_memory(config: ModelConfig, bench: TrainingBench) -> str:
+    """What `openelm plan` reckons for it, beside what is free. UserError where that is not enough."""
+    device = World().device
+    rows = bench.micro_batch * bench.micro_batches
+    size = compute_dtype(bench.dtype, device).itemsize
+    kept = bench.activation_checkpointing
+    work = Workload(config, 1, bench.row_length, bench.micro_batch, rows, bench.steps, size, kept)
+    need = estimate_memory(work, on_cpu=device.type == "cpu").total
+    return check_memory({"training": need}, together=False, device=str(device))
 
 
 def bench_training(config: ModelConfig, bench: TrainingBench) -> dict[str, Any]:

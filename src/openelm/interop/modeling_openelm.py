@@ -263,8 +263,8 @@ class OpenELMAttention(nn.Module):
         if past_key_values is not None:
             where = {"cache_position": cache_position}  # for older transformers; later ones count by themselves
             k_BGTK, v_BGTK = past_key_values.update(k_BGTK, v_BGTK, self.layer_idx, where)
-        kind = self.config._attn_implementation
-        attend = eager_attention if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
+        # "eager" is not among them. vLLM reads the source, and wants to find a plain look-up here.
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention)
         mixed_BTHK, weights_BHTS = attend(self, q_BHTK, k_BGTK, v_BGTK, attention_mask, scaling=self.scaling, **kwargs)
         return self.out_proj(mixed_BTHK.flatten(2)), weights_BHTS
 
