@@ -38,7 +38,7 @@ void f32(const uint32_t* tile, const float* x, long words, int tokens, float* y,
         F even[T] = {}, odd[T] = {};
 #pragma GCC unroll 4
         for (long w = 0; w < words; w++) {
-            if (T == 1) __builtin_prefetch(tile + w * LANES + AHEAD);
+            __builtin_prefetch(tile + w * LANES + AHEAD);
             const W word = load<W>(tile + w * LANES);
             const F a = lower(word), b = upper(word);
             EACH_TOKEN {
@@ -75,7 +75,7 @@ void row8(const uint32_t* tile, Codes x, long groups, int tokens, float* y, long
 #pragma GCC unroll 4
             for (int w = 0; w < WORDS; w++) {
                 const long place = g * WORDS + w;
-                if (T == 1) __builtin_prefetch(tile + place * LANES + AHEAD);
+                __builtin_prefetch(tile + place * LANES + AHEAD);
                 const W word = load<W>(tile + place * LANES);
                 EACH_TOKEN dot[t] = dot4(dot[t], word, x.words[place * T + t]);
             }
@@ -88,37 +88,37 @@ void row8(const uint32_t* tile, Codes x, long groups, int tokens, float* y, long
 
 template <int BITS, bool WIDE, int T>
 INLINE void affine_block(const uint32_t* tile, int group, Codes x, long groups, float* y, long stride) {
-    const int words = group * BITS / 32;
     F total[T] = {};
     for (long g = 0; g < groups; g++) {
-        I dot[T] = {};
-#pragma GCC unroll 4
-        for (int w = 0; w < words; w++, tile += LANES) {
-            if (T == 1) __builtin_prefetch(tile + AHEAD);
-            const W word = load<W>(tile);
-            if constexpr (BITS == 8) {
-                EACH_TOKEN dot[t] = dot4(dot[t], word, x.words[t]);
-                x.words += T;
-            } else {
-                const W low = low_codes(word), high = high_codes(word);
-                EACH_TOKEN dot[t] = dot4(dot[t], low, x.words[t]);
-                EACH_TOKEN dot[t] = dot4(dot[t], high, x.words[T + t]);
-                x.words += 2 * T;
+        I dot[T] = {}, more[T] = {};  // two sums, or each product would wait for the last
+        for (int c = 0; c < group; c += 32) {
+#pragma GCC unroll 8
+            for (int w = 0; w < BITS; w++, tile += LANES) {
+                __builtin_prefetch(tile + AHEAD);
+                const W word = load<W>(tile);
+                if constexpr (BITS == 8) {
+                    EACH_TOKEN (w % 2 ? more : dot)[t] = dot4((w % 2 ? more : dot)[t], word, x.words[w * T + t]);
+                } else {
+                    const W low = low_codes(word), high = high_codes(word);
+                    EACH_TOKEN dot[t] = dot4_small(dot[t], low, x.words[2 * w * T + t]);
+                    EACH_TOKEN more[t] = dot4_small(more[t], high, x.words[(2 * w + 1) * T + t]);
+                }
             }
+            x.words += 8 * T;
         }
         F scale, bias;
         if constexpr (WIDE) {
             scale = load<F>(tile), bias = load<F>(tile + LANES);
             tile += 2 * LANES;
         } else {
-            if (T == 1) __builtin_prefetch(tile + AHEAD);
+            __builtin_prefetch(tile + AHEAD);
             const W both = load<W>(tile);
             scale = lower(both), bias = upper(both);
             tile += LANES;
         }
         EACH_TOKEN {
             total[t] = multiply_add(bias, set(x.sum[g * T + t]), total[t]);
-            total[t] = multiply_add(scale, to_float(dot[t]) * set(x.scale[g * T + t]), total[t]);
+            total[t] = multiply_add(scale, to_float(dot[t] + more[t]) * set(x.scale[g * T + t]), total[t]);
         }
     }
     EACH_TOKEN store(y + t * stride, total[t]);

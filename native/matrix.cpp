@@ -77,7 +77,7 @@ void Matrix::lay_out(Form form_, Affine affine_, Arena& arena) {
     form = form_, affine = affine_;
     const auto up = [](long n, long step) { return (n + step - 1) / step * step; };
     width = up(columns, form == Form::bf16 ? 2 : form == Form::row8 ? ROW8_GROUP : affine.group);
-    tiles = up(rows / halves, LANES) / LANES * halves;
+    tiles = up(rows / parts, LANES) / LANES * parts;
     if (form == Form::bf16) tile_words = width / 2 * LANES;
     if (form == Form::row8) tile_words = (width / 4 + 1) * LANES;
     if (form == Form::affine) tile_words = (width * affine.bits / 32 + groups() * (affine.wide ? 2 : 1)) * LANES;
@@ -85,8 +85,9 @@ void Matrix::lay_out(Form form_, Affine affine_, Arena& arena) {
 }
 
 long Matrix::row_of(long tile, int lane) const {
-    const long row = tile / halves * LANES + lane;
-    return row < rows / halves ? tile % halves * (rows / halves) + row : -1;
+    const long size = rows / parts, part = in_turn ? tile % parts : tile / (tiles / parts);
+    const long row = (in_turn ? tile / parts : tile % (tiles / parts)) * LANES + lane;
+    return row < size ? part * size + row : -1;
 }
 
 template <class Write>
@@ -149,7 +150,8 @@ void Matrix::fill(const uint32_t* words, const void* scales, const void* biases,
                 place[LANES] = static_cast<const uint32_t*>(biases)[at];
                 place += 2 * LANES;
             } else {
-                const uint16_t *scale = static_cast<const uint16_t*>(scales), *bias = static_cast<const uint16_t*>(biases);
+                const auto* scale = static_cast<const uint16_t*>(scales);
+                const auto* bias = static_cast<const uint16_t*>(biases);
                 *place = scale[at] | (uint32_t)bias[at] << 16;
                 place += LANES;
             }

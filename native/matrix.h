@@ -39,7 +39,10 @@ enum class Form { none, bf16, row8, affine };
 
 struct Matrix {
     Matrix() = default;
-    Matrix(long rows, long columns, int halves) : rows(rows), columns(columns), halves(halves) {}
+    // Rows stand in `parts` of equal size, each filled up to whole tiles; tiles go through them one part after the
+    // other, or `in_turn`.
+    Matrix(long rows, long columns, long parts = 1, bool in_turn = false)
+        : rows(rows), columns(columns), parts(parts), in_turn(in_turn) {}
 
     // From rows of bf16, as they are (16 bits) or rounded (8: scales by row; 4: by group, where the groups fit).
     void fill(const uint16_t* values, int bits, int group, const Kernels& kernels, Pool& pool, Arena& arena);
@@ -53,8 +56,8 @@ struct Matrix {
     size_t bytes() const { return (size_t)tiles * tile_words * 4; }
     long groups() const { return form == Form::row8 ? width / ROW8_GROUP : width / affine.group; }
 
-    long rows = 0, columns = 0;
-    int halves = 1;  // 2: rows are two matrices stacked, and tiles alternate between them
+    long rows = 0, columns = 0, parts = 1;
+    bool in_turn = false;
     Form form = Form::none;
     Affine affine = {};
     long width = 0;  // columns, filled up with zeros to whole words and groups

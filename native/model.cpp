@@ -73,8 +73,8 @@ Model::Model(Geometry given, int threads, const std::string& kernels)
         Layer& layer = layers[i];
         const int H = g.query_heads[i], G = g.kv_heads[i], F = g.ffn_dims[i];
         layer.query_heads = H, layer.kv_heads = G, layer.ffn_dim = F;
-        layer.qkv = Matrix((long)(H + 2 * G) * K, D, 1), layer.out = Matrix(D, (long)H * K, 1);
-        layer.proj_1 = Matrix(2L * F, D, 2), layer.proj_2 = Matrix(D, F, 1);
+        layer.qkv = Matrix((long)(H + 2 * G) * K, D, H + 2 * G), layer.out = Matrix(D, (long)H * K);
+        layer.proj_1 = Matrix(2L * F, D, 2, true), layer.proj_2 = Matrix(D, F);
         const std::string name = "layers." + std::to_string(i) + ".";
         matrices[name + "attn.qkv_proj.weight"] = &layer.qkv, matrices[name + "attn.out_proj.weight"] = &layer.out;
         matrices[name + "ffn.proj_1.weight"] = &layer.proj_1, matrices[name + "ffn.proj_2.weight"] = &layer.proj_2;
@@ -88,7 +88,7 @@ Model::Model(Geometry given, int threads, const std::string& kernels)
     }
     widest = round_up(widest, 128);
     gains["norm.weight"] = {&norm, D};
-    embedding = Matrix(g.vocab_size, D, 1), classifier = Matrix(g.vocab_size, D, 1);
+    embedding = Matrix(g.vocab_size, D), classifier = Matrix(g.vocab_size, D);
     matrices["token_embeddings.weight"] = &embedding;
     if (!g.shared_embedding) matrices["classifier.weight"] = &classifier;
 }
@@ -116,8 +116,8 @@ void Model::set_matrix(const std::string& name, const uint16_t* values, long row
     matrix(name, rows, columns).fill(values, bits, group, k, pool, arena);
 }
 
-void Model::set_matrix(const std::string& name, const uint32_t* words, const void* scales, const void* biases, long rows,
-                       long words_a_row, long groups, Affine affine) {
+void Model::set_matrix(const std::string& name, const uint32_t* words, const void* scales, const void* biases,
+                       long rows, long words_a_row, long groups, Affine affine) {
     require(affine.bits == 4 || affine.bits == 8, std::to_string(affine.bits) + " bits: give 4 or 8");
     const int group = affine.group;
     require(group == 32 || group == 64 || group == 128, "groups of " + std::to_string(group) + ": give 32, 64 or 128");
@@ -141,11 +141,12 @@ void Model::make_room(long tokens, long capacity) {
         room = tokens > 1 ? CHUNK : 1;
         long most_heads = 0, most_queries = 0, most_ffn = 0;
         for (const Layer& l : layers) {
-            most_heads = std::max(most_heads, l.qkv.rows);
+            most_heads = std::max(most_heads, l.qkv.tiles * LANES);
             most_queries = std::max(most_queries, l.out.columns);
             most_ffn = std::max(most_ffn, (long)l.ffn_dim);
         }
-        hidden_stride = round_up(geometry.model_dim, LANES), qkv_stride = round_up(most_heads, LANES);
+        hidden_stride = round_up(geometry.model_dim, LANES), qkv_stride = most_heads;
+        head_stride = round_up(geometry.head_dim, LANES);
         attended_stride = round_up(most_queries, LANES), ffn_stride = round_up(most_ffn, LANES);
         hidden = Buffer(room * hidden_stride * 4), qkv = Buffer(room * qkv_stride * 4);
         attended = Buffer(room * attended_stride * 4), ffn = Buffer(room * ffn_stride * 4);

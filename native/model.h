@@ -80,6 +80,12 @@ class Model {
         long tokens;
         bool exact;  // whether activations must stay in fp32 where weights are bf16
     };
+    enum class Into { store, add, swiglu };
+    struct Output {
+        Into into;
+        float* values;
+        long stride;
+    };
     struct Packed {  // an input as the kernels read it
         Buffer words, scale, sum;
     };
@@ -102,7 +108,6 @@ class Model {
         float* logits;  // of all tokens, or of the last; null where none are wanted
         bool all;
     };
-    enum class Into { store, add, swiglu };
 
     Matrix& matrix(const std::string& name, long rows, long columns);
     const Matrix& head() const { return geometry.shared_embedding ? embedding : classifier; }
@@ -117,8 +122,11 @@ class Model {
     void pack(const Matrix& m, const Input& x, long token, const Packed& to, Scratch& own) const;
     void product(const Matrix& m, long tile, const Place& x, int size, bool pairs, float* y) const;
     // What follows is called on all threads at once.
-    void multiply(const Matrix& m, const Input& x, Into into, float* y, long y_stride, int thread);
-    void place_heads(const Pass& pass, int layer, int thread);
+    const Packed& packed(const Matrix& m, const Input& x, int thread);
+    void multiply(const Matrix& m, long tile, const Input& x, const Packed& packed, const Output& y, int thread);
+    void multiply(const Matrix& m, const Input& x, const Output& y, int thread);
+    void project_heads(const Pass& pass, int layer, const Input& x, int thread);
+    void place_head(const Pass& pass, int layer, int head, long token);
     void attend(const Pass& pass, int layer, int thread);
     void attend_block(const Pass& pass, int layer, int group, long first, int count, int thread);
     void run(const Pass& pass, int thread);
@@ -138,7 +146,7 @@ class Model {
     std::map<std::string, std::pair<std::vector<float>*, long>> gains;
 
     long room = 0, positions = 0, widest = 0;  // tokens and positions that there is room for; columns of any matrix
-    long hidden_stride = 0, qkv_stride = 0, attended_stride = 0, ffn_stride = 0;
+    long hidden_stride = 0, qkv_stride = 0, head_stride = 0, attended_stride = 0, ffn_stride = 0;
     Buffer hidden, qkv, attended, ffn;  // [token][stride]
     Buffer turns;                       // [token][cosines, then sines]
     Packed shared;

@@ -10,6 +10,7 @@ namespace openelm {
 namespace {
 
 constexpr long EXACT_TOKENS = 4;  // up to so many, memory is what takes time, and activations need not become bf16
+constexpr int SOON = 64;           // vectors of a matrix that are asked for before it is read
 
 uint16_t nearest_bf16(float x) {
     uint32_t bits;
@@ -69,73 +70,91 @@ void Model::product(const Matrix& m, long tile, const Place& x, int size, bool p
     else k.affine(weights, m.affine, codes, m.groups(), size, y, LANES);
 }
 
-// y = m x for all tokens of x; or y += m x; or y = silu(gate) * up where m holds the two.
-void Model::multiply(const Matrix& m, const Input& x, Into into, float* y, long y_stride, int thread) {
+// An input as the kernels read it. Whoever multiplies by a matrix asks for it first, on all threads.
+const Model::Packed& Model::packed(const Matrix& m, const Input& x, int thread) {
     Scratch& own = scratch[thread];
-    const bool pairs = in_pairs(m, x);
-    const int most = most_tokens(m, x), threads = pool.threads;
-    const bool alone = x.tokens == 1;  // then each thread packs it for itself, which is quicker than to wait
-    const Packed& packed = alone ? own.packed : shared;
-    if (alone) {
-        pack(m, x, 0, packed, own);
-    } else {
-        for (long t = thread; t < x.tokens; t += threads) pack(m, x, t, packed, own);
-        pool.barrier();
+    const uint32_t* soon = m.tile(m.tiles * thread / pool.threads);  // comes while the input is made ready
+    for (int line = 0; line < SOON; line++) __builtin_prefetch(soon + line * LANES);
+    if (x.tokens == 1) {  // each thread packs it for itself, which is quicker than to wait
+        pack(m, x, 0, own.packed, own);
+        return own.packed;
     }
-    const long units = m.tiles / m.halves;
-    float* out = own.tile.as<float>();
+    for (long t = thread; t < x.tokens; t += pool.threads) pack(m, x, t, shared, own);
+    pool.barrier();
+    return shared;
+}
+
+// A tile times all tokens of x: y = m x; or y += m x; or y = silu(gate) * up, where it and the next hold the two.
+void Model::multiply(const Matrix& m, long tile, const Input& x, const Packed& packed, const Output& y, int thread) {
+    const bool pairs = in_pairs(m, x);
+    const int most = most_tokens(m, x);
+    float* out = scratch[thread].tile.as<float>();
     float* second = out + LARGEST_BLOCK * LANES;
-    for (long unit = units * thread / threads; unit < units * (thread + 1) / threads; unit++)
-        for (long first = 0; first < x.tokens; first += most) {
-            const int size = block_size(x.tokens - first, most);
-            const Place at = place(m, packed, first, pairs);
-            product(m, unit * m.halves, at, size, pairs, out);
-            if (into == Into::swiglu) product(m, unit * 2 + 1, at, size, pairs, second);
-            for (int t = 0; t < size && first + t < x.tokens; t++) {
-                float* to = y + (first + t) * y_stride + unit * LANES;
-                if (into == Into::store) std::memcpy(to, out + t * LANES, LANES * 4);
-                else if (into == Into::swiglu) k.swiglu(out + t * LANES, second + t * LANES, LANES, to);
-                else for (int i = 0; i < LANES; i++) to[i] += out[t * LANES + i];
-            }
+    for (long first = 0; first < x.tokens; first += most) {
+        const int size = block_size(x.tokens - first, most);
+        const Place at = place(m, packed, first, pairs);
+        product(m, tile, at, size, pairs, out);
+        if (y.into == Into::swiglu) product(m, tile + 1, at, size, pairs, second);
+        for (int t = 0; t < size && first + t < x.tokens; t++) {
+            float* to = y.values + (first + t) * y.stride + (y.into == Into::swiglu ? tile / 2 : tile) * LANES;
+            if (y.into == Into::store) std::memcpy(to, out + t * LANES, LANES * 4);
+            else if (y.into == Into::swiglu) k.swiglu(out + t * LANES, second + t * LANES, LANES, to);
+            else for (int i = 0; i < LANES; i++) to[i] += out[t * LANES + i];
         }
+    }
+}
+
+void Model::multiply(const Matrix& m, const Input& x, const Output& y, int thread) {
+    const Packed& input = packed(m, x, thread);
+    const int step = y.into == Into::swiglu ? 2 : 1;
+    pool.deal(thread, m.tiles / step, [&](long i) { multiply(m, i * step, x, input, y, thread); });
 }
 
 // --------------------------------------------------------------------------------------------------- attention
 
-// Queries and keys normalised and turned by their positions; keys and values put into the cache.
-void Model::place_heads(const Pass& pass, int index, int thread) {
+// Queries, keys and values; each head is put to its place as soon as it is there.
+void Model::project_heads(const Pass& pass, int index, const Input& x, int thread) {
+    const Layer& layer = layers[index];
+    const Packed& input = packed(layer.qkv, x, thread);
+    const long heads = layer.query_heads + 2 * layer.kv_heads, tiles = layer.qkv.tiles / heads;
+    pool.deal(thread, heads, [&](long head) {
+        for (long tile = head * tiles; tile < (head + 1) * tiles; tile++)
+            multiply(layer.qkv, tile, x, input, {Into::store, qkv.as<float>(), qkv_stride}, thread);
+        for (long t = 0; t < x.tokens; t++) place_head(pass, index, (int)head, t);
+    });
+}
+
+// A query or key normalised and turned by its position; a key or value put into the cache.
+void Model::place_head(const Pass& pass, int index, int head, long t) {
     const Layer& layer = layers[index];
     const int H = layer.query_heads, G = layer.kv_heads, K = geometry.head_dim, half = K / 2;
-    const float scale = 1 / std::sqrt((float)K);
-    const long tokens = (long)pass.tokens.size(), all = (H + 2 * G) * tokens;
-    for (long i = all * thread / pool.threads; i < all * (thread + 1) / pool.threads; i++) {
-        const long t = i % tokens, position = pass.tokens[t].position;
-        const Sequence& sequence = *pass.tokens[t].sequence;
-        const int head = (int)(i / tokens);
-        float* row = qkv.as<float>() + t * qkv_stride + (long)head * K;
-        if (head < H + G) {
-            if (geometry.qk_norm) k.norm(row, (head < H ? layer.q_norm : layer.k_norm).data(), K, row);
-            const float *cosines = turns.as<float>() + t * K, *sines = cosines + half;
-            for (int d = 0; d < half; d++) {
-                const float left = row[d], right = row[d + half];
-                row[d] = left * cosines[d] - right * sines[d];
-                row[d + half] = right * cosines[d] + left * sines[d];
-            }
+    const long position = pass.tokens[t].position;
+    const Sequence& sequence = *pass.tokens[t].sequence;
+    float* row = qkv.as<float>() + t * qkv_stride + head * head_stride;
+    if (head < H + G) {
+        if (geometry.qk_norm) k.norm(row, (head < H ? layer.q_norm : layer.k_norm).data(), K, row);
+        const float *cosines = turns.as<float>() + t * K, *sines = cosines + half;
+        for (int d = 0; d < half; d++) {
+            const float left = row[d], right = row[d + half];
+            row[d] = left * cosines[d] - right * sines[d];
+            row[d + half] = right * cosines[d] + left * sines[d];
         }
-        if (head < H) {
-            for (int d = 0; d < K; d++) row[d] *= scale;
-        } else if (head < H + G) {
-            uint32_t* word = sequence.keys(index, head - H) + position / LANES * half * LANES + position % LANES;
-            for (int d = 0; d < K; d += 2)
-                word[d / 2 * LANES] = nearest_bf16(row[d]) | (uint32_t)nearest_bf16(row[d + 1]) << 16;
-        } else {
-            for (int d = 0; d < K; d++) {
-                const long word = (d / LANES * sequence.padded / 2 + position / 2) * LANES + d % LANES;
-                uint16_t* pair = reinterpret_cast<uint16_t*>(sequence.values(index, head - H - G) + word);
-                pair[position % 2] = nearest_bf16(row[d]);
-                // What an earlier, longer text left there would be multiplied by 0, but may not be finite.
-                if ((pass.apart || t == tokens - 1) && position % 2 == 0) pair[1] = 0;
-            }
+    }
+    if (head < H) {
+        const float scale = 1 / std::sqrt((float)K);
+        for (int d = 0; d < K; d++) row[d] *= scale;
+    } else if (head < H + G) {
+        uint32_t* word = sequence.keys(index, head - H) + position / LANES * half * LANES + position % LANES;
+        for (int d = 0; d < K; d += 2)
+            word[d / 2 * LANES] = nearest_bf16(row[d]) | (uint32_t)nearest_bf16(row[d + 1]) << 16;
+    } else {
+        const bool last = pass.apart || t + 1 == (long)pass.tokens.size();
+        for (int d = 0; d < K; d++) {
+            const long word = (d / LANES * sequence.padded / 2 + position / 2) * LANES + d % LANES;
+            uint16_t* pair = reinterpret_cast<uint16_t*>(sequence.values(index, head - H - G) + word);
+            pair[position % 2] = nearest_bf16(row[d]);
+            // What an earlier, longer text left there would be multiplied by 0, but may not be finite.
+            if (last && position % 2 == 0) pair[1] = 0;
         }
     }
 }
@@ -171,7 +190,7 @@ void Model::attend_block(const Pass& pass, int index, int group, long first, int
     float *query = own.query.as<float>(), *scores = own.scores.as<float>(), *weights = own.weights.as<float>();
     for (int c = 0; c < count; c++) {
         const long t = (first + c) / share, head = group * share + (first + c) % share;
-        const float* row = qkv.as<float>() + t * qkv_stride + head * K;
+        const float* row = qkv.as<float>() + t * qkv_stride + head * head_stride;
         for (int d = 0; d < K; d++) query[d * size + c] = row[d];
     }
     for (long tile = 0; tile * LANES < longest; tile++)
@@ -214,22 +233,22 @@ void Model::run(const Pass& pass, int thread) {
     pool.barrier();
     for (int i = 0; i < (int)layers.size(); i++) {
         const Layer& layer = layers[i];
-        multiply(layer.qkv, {x, D, &layer.attn_norm, T, exact}, Into::store, qkv.as<float>(), qkv_stride, thread);
-        pool.barrier();
-        place_heads(pass, i, thread);
+        project_heads(pass, i, {x, D, &layer.attn_norm, T, exact}, thread);
         pool.barrier();
         attend(pass, i, thread);
         pool.barrier();
-        multiply(layer.out, {attended.as<float>(), attended_stride, nullptr, T, exact}, Into::add, x, D, thread);
+        const Output add{Into::add, x, D}, wide{Into::swiglu, ffn.as<float>(), ffn_stride};
+        multiply(layer.out, {attended.as<float>(), attended_stride, nullptr, T, exact}, add, thread);
         pool.barrier();
-        multiply(layer.proj_1, {x, D, &layer.ffn_norm, T, exact}, Into::swiglu, ffn.as<float>(), ffn_stride, thread);
+        multiply(layer.proj_1, {x, D, &layer.ffn_norm, T, exact}, wide, thread);
         pool.barrier();
-        multiply(layer.proj_2, {ffn.as<float>(), ffn_stride, nullptr, T, exact}, Into::add, x, D, thread);
+        multiply(layer.proj_2, {ffn.as<float>(), ffn_stride, nullptr, T, exact}, add, thread);
         pool.barrier();
     }
     if (pass.logits) {
         const long count = pass.all ? T : 1;
-        multiply(head(), {x + (T - count) * D, D, &norm, count, exact || count == 1}, Into::store, pass.logits, padded_vocab(), thread);
+        const Input last{x + (T - count) * D, D, &norm, count, exact || count == 1};
+        multiply(head(), last, {Into::store, pass.logits, padded_vocab()}, thread);
     }
 }
 

@@ -1,5 +1,6 @@
 // Threads that stay: they spin for the next job for a while, then sleep; and a barrier among them.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -18,7 +19,7 @@ inline void pause_cpu() {
 
 class Pool {
   public:
-    explicit Pool(int threads) : threads(threads) {
+    explicit Pool(int threads) : threads(threads), shares(threads) {
         for (int k = 1; k < threads; k++) workers.emplace_back([this, k] { serve(k); });
     }
     ~Pool() {
@@ -51,9 +52,33 @@ class Pool {
             else std::this_thread::yield();  // another program has the other thread's core
     }
 
+    // Called on all threads at once, deals n pieces out: body(piece) for each, once. Who is done with a share of their
+    // own helps the neighbours: seldom are two threads equally fast. Between two deals stands a barrier.
+    template <class Body>
+    void deal(int thread, long n, Body body) {
+        Share& own = shares[thread];
+        const int turn = own.turn ^= 1;
+        own.dealt[1 - turn].store(0, std::memory_order_relaxed);  // for the next deal; nobody is in the last any more
+        for (int k = 0; k < std::min(threads, 4); k++) {
+            const int whose = (thread + k) % threads;
+            std::atomic<long>& dealt = shares[whose].dealt[turn];
+            const long first = n * whose / threads, count = n * (whose + 1) / threads - first;
+            for (long i; (i = dealt.load(std::memory_order_relaxed)) < count;) {
+                const long some = std::max(1L, (count - i) / 4);
+                i = dealt.fetch_add(some, std::memory_order_relaxed);
+                for (long piece = i; piece < std::min(i + some, count); piece++) body(first + piece);
+            }
+        }
+    }
+
     const int threads;
 
   private:
+    struct alignas(64) Share {
+        std::atomic<long> dealt[2] = {0, 0};
+        int turn = 0;
+    };
+
     void serve(int thread) {
         using clock = std::chrono::steady_clock;
         for (unsigned seen = 0;; seen++) {
@@ -67,6 +92,7 @@ class Pool {
         }
     }
 
+    std::vector<Share> shares;
     std::vector<std::thread> workers;
     const std::function<void(int)>* work = nullptr;
     std::atomic<bool> ending{false};

@@ -47,6 +47,7 @@ INLINE F set(float x) {
     return a;
 }
 INLINE F operator+(F a, F b) { EACH a.part[i] += b.part[i]; return a; }
+INLINE I operator+(I a, I b) { EACH a.part[i] += b.part[i]; return a; }
 INLINE F operator-(F a, F b) { EACH a.part[i] -= b.part[i]; return a; }
 INLINE F operator*(F a, F b) { EACH a.part[i] *= b.part[i]; return a; }
 INLINE F operator/(F a, F b) { EACH a.part[i] /= b.part[i]; return a; }
@@ -139,6 +140,20 @@ INLINE I dot4(I sum, W codes, uint32_t x) {
     }
 #endif
     return sum;
+}
+
+// The same for codes under 128.
+INLINE I dot4_small(I sum, W codes, uint32_t x) {
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+    const __m256i all = _mm256_set1_epi32((int)x), ones = _mm256_set1_epi16(1);
+    EACH {
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes.part[i], all);
+        sum.part[i] = (Ints)_mm256_add_epi32((__m256i)sum.part[i], _mm256_madd_epi16(pairs, ones));
+    }
+    return sum;
+#else
+    return dot4(sum, codes, x);
+#endif
 }
 
 }  // namespace
