@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from openelm import cli
+from openelm.data.chat import CHAT_TEMPLATE
 from openelm.data.tokenizer import Tokenizer
 from openelm.evaluate.commonsense import SETS
 from openelm.interop.corenet_state import optimizer_order
@@ -116,6 +117,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["bench", "train"]:
         few = "--row-length 32 --micro-batch 1 --micro-batches 1 --steps 1 --warmup 0"
         return [*words, *few.split()]
+    if words[:2] == ["bench", "generate"]:
+        return [*words, *["--tokens", "4", "--repeats", "1", "--threads", "1", "--quick"]]
     if words[:2] == ["bench", "data"]:
         return [*words, "--megabytes", "0.1", "--repeats", "1"]
     if words[0] == "data" and words[1] != "inspect":
@@ -133,6 +136,8 @@ def shortened(words: list[str]) -> list[str]:
         return [*words, *few.split()]
     if words[0] == "sweep":  # it says what it would run: runs of its own take a process each
         return [word.removeprefix("/") for word in words] + ["--commands"]
+    if words[0] == "serve":
+        return [*words, "--port", "0"]
     if words[0] == "evaluate":
         return [*words, "--limit", "2", *([] if "--data" in words else ["--data", "my-data"])]
     return words
@@ -211,6 +216,7 @@ def write_tuning(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(prompts), folder / "prompts.parquet")
     write_lines(folder / "preferences.jsonl", [{**one, "chosen": "Water is.", "rejected": "Fire."} for one in prompts])
     (folder / "reward.py").write_text("def score(prompt, answer):\n    return len(answer)\n")
+    (folder / "rules.py").write_text("def forbidden(prompt, answer):\n    return 'bomb' in prompt + answer\n")
 
 
 def write_tuned(folder: Path) -> None:
@@ -236,6 +242,8 @@ def write_models(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes((demo / "tokenizer.model").read_bytes())
     for name in ("model", "models/270M", "demo-hf", "my-model", "demo-mlx", "demo-tuned"):
         save_model(model, folder / name, tokenizer=tokenizer)
+    save_model(model, folder / "demo-chat", tokenizer=tokenizer)
+    (folder / "demo-chat" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     # Neither transformers nor mlx-lm saves it.
     for name in ("my-model", "demo-tuned"):
         (folder / name / "tokenizer.model").unlink()

@@ -205,6 +205,10 @@ def drawn(done: Done) -> None:
 
 
 def measured(done: Done) -> None:
+    if done.given.kind == "generate":
+        for case in ("64+4", "32+1"):
+            assert re.search(rf"^\| \S+ +\| +[\d.]+ B \| +{re.escape(case)} \| +[\d,.]+ \|", done.out, re.MULTILINE)
+        return
     speed = "tokens per s" if done.given.kind == "train" else "pipeline bytes per s"
     assert float(re.search(rf"^{speed} +([\d.,]+)", done.out, re.MULTILINE)[1].replace(",", "")) > 0
 
@@ -215,7 +219,21 @@ def planned(done: Done) -> None:
 
 
 def written(done: Done) -> None:
+    if done.given.json:
+        account = json.loads(done.out)
+        assert account["completion"] and account["speculation"]["accepted"] <= account["speculation"]["drafted"]
+        return
     assert done.out.startswith(done.given.prompt) and len(done.out) > len(done.given.prompt) + 1
+
+
+def talked(done: Done) -> None:
+    """One message was typed, and it was answered."""
+    assert done.out.strip()
+
+
+def served(done: Done) -> None:
+    """It says where it is. That a client was answered there, test_docs.py asks."""
+    assert re.search(r" at http://127\.0\.0\.1:\d+ \((chat|completions)", done.out)
 
 
 def described(done: Done) -> None:
@@ -229,6 +247,8 @@ def listed(done: Done) -> None:
 PROMISES: dict[str, Callable[[Done], None]] = {
     "average": averaged,
     "bench": measured,
+    "chat": talked,
+    "serve": served,
     "convert": converted,
     "data": looked_at,
     "dpo": tuned,

@@ -7,13 +7,17 @@ commands of other programs, have tests of their own (tests/interop, tests/test_l
 
 import argparse
 import importlib
+import io
 import os
 import pkgutil
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import httpx
 import pytest
 import torch
 
@@ -49,6 +53,7 @@ NOT_RUN = {
 # Options of other programs that sentences name.
 FOREIGN = {
     "log.md": "--run-path",  # of torchrun, as are some of the next
+    "deploy.md": "--init --build-arg --gpus",
     "launch.md": "--nnodes --max-restarts --rdzv-conf --signal --requeue --cpus-per-task",
     "mlx.md": "--ignore-chat-template --test --num-layers --fine-tune-type --dequantize",
 }
@@ -207,11 +212,63 @@ def test_command_does_what_it_promises(
     given = understood(name, words[1:], monkeypatch)
     if (made := result_of(name, given)) is not None and made.exists():
         shutil.rmtree(made) if made.is_dir() else made.unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is wet?\n"))  # for those who talk
+    if "./classifier:toxic:0.8" in words:
+        write_classifier(here / "classifier")
+    visits = visited(monkeypatch) if name == "serve" else []
     capsys.readouterr()
     code = cli.run(words)
     printed = capsys.readouterr()
     assert code == 0, printed.err
+    assert name != "serve" or visits == [{"status": "ok"}, 3]
     PROMISES[name](Done(name, given, printed.out, published))
+
+
+def visited(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Lets the next server be asked for its health and for three tokens, and then stopped as by a signal."""
+    from openelm.serve import server as module
+
+    answers: list[object] = []
+    make_server, url = module.make_server, module.url
+
+    def visit(server: Any, address: str) -> None:
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            answers.append(httpx.get(f"{address}/health").json())
+            asked = {"model": server._service.name, "prompt": "What", "max_tokens": 3, "temperature": 0}
+            answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=60)
+            answers.append(answer.json()["usage"]["completion_tokens"])
+        finally:
+            server.handle_exit(15, None)
+
+    def make(service: Any, **options: Any) -> Any:
+        server = make_server(service, **options)
+        run = server.run
+
+        def run_and_visit(sockets: list[Any]) -> None:
+            visitor = threading.Thread(target=visit, args=(server, url(sockets[0])))
+            visitor.start()
+            run(sockets=sockets)
+            visitor.join()
+
+        server.run = run_and_visit
+        return server
+
+    monkeypatch.setattr(module, "make_server", make)
+    return answers
+
+
+def write_classifier(folder: Path) -> None:
+    """A model of another family that tells what is toxic."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    labels = dict(id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1})
+    torch.manual_seed(0)
+    transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**sizes, **labels, pad_token_id=2)
+    ).save_pretrained(folder)
+    Tokenizer.load(folder.parent / "tokenizer.model").save(folder)
 
 
 def understood(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:

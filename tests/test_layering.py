@@ -30,8 +30,9 @@ FLOORS = (
 )
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {
-    "aiohttp", "fastapi", "gcsfs", "gguf", "lm_eval", "matplotlib", "mlx", "mlx_lm", "peft", "s3fs", "starlette",
-    "tensorboard", "torch.utils.tensorboard", "transformers", "trl", "uvicorn", "wandb",
+    "aiohttp", "fastapi", "gcsfs", "gguf", "h11", "llama_cpp", "llguidance", "lm_eval", "matplotlib", "mlx", "mlx_lm",
+    "nncf", "openvino", "peft", "prometheus_client", "s3fs", "starlette", "tensorboard", "torch.utils.tensorboard",
+    "transformers", "trl", "uvicorn", "wandb",
 }  # fmt: skip
 
 
