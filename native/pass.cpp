@@ -9,8 +9,10 @@ namespace openelm {
 
 namespace {
 
-constexpr long EXACT_TOKENS = 4;  // up to so many, memory is what takes time, and activations need not become bf16
-constexpr int SOON = 64;           // vectors of a matrix that are asked for before it is read
+// Where up to so many tokens' logits are all wanted (they are drafts), activations stay in fp32 as in decoding: memory is
+// what takes the time. A prompt's never do, so that it does not matter in which pieces it comes.
+constexpr long EXACT_TOKENS = 4;
+constexpr int SOON = 64;  // vectors of a matrix that are asked for before it is read
 
 uint16_t nearest_bf16(float x) {
     uint32_t bits;
@@ -219,7 +221,7 @@ void Model::attend_block(const Pass& pass, int index, int group, long first, int
 void Model::run(const Pass& pass, int thread) {
     const int K = geometry.head_dim, half = K / 2;
     const long T = (long)pass.tokens.size(), D = hidden_stride;
-    const bool exact = pass.apart || T <= EXACT_TOKENS;
+    const bool exact = pass.apart || (pass.all && T <= EXACT_TOKENS);
     float* x = hidden.as<float>();
     for (long t = thread; t < T; t += pool.threads) {
         float *row = scratch[thread].row.as<float>(), *turn = turns.as<float>() + t * K;

@@ -15,6 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+
+from openelm import cli
+from openelm.data.tokenizer import Tokenizer
+from openelm.infer.torch_decoder import TorchDecoder
+from openelm.model.folder import save_model
+from openelm.model.geometry import ModelConfig
+from openelm.model.transformer import OpenELM, init_weights
 
 WORDS = ["After", "the", "night", "water", "paper", "river", "garden", "mountain", "letter", "window", "summer"]
 MALFORMED = [
@@ -113,13 +121,28 @@ def test_many_clients_of_which_some_leave_and_some_talk_nonsense(serving):
     assert tally.cancelled > 0 and tally.statuses[400] > 0
 
 
-@pytest.mark.slow  # five minutes
-def test_five_minutes_of_load_leave_the_memory_as_it_is(serving, quick, served_folder, tmp_path):
+def four_bit_270m(folder: Path, tokenizer_file: Path) -> Path:
+    """A folder of the 270M in 4 bits, with random weights and a small vocabulary."""
+    tokenizer = Tokenizer.load(tokenizer_file)
+    model = OpenELM(ModelConfig.from_name("270M", vocab_size=tokenizer.vocab_size))
+    init_weights(model, seed=1)
+    save_model(model, folder / "bf16", tokenizer=tokenizer, dtype=torch.bfloat16)
+    words = ["convert", str(folder / "bf16"), str(folder / "4bit"), "--to", "mlx", "--quantize", "4bit"]
+    assert cli.run(words) == 0
+    return folder / "4bit"
+
+
+@pytest.mark.slow  # five minutes each
+@pytest.mark.parametrize("size", ["tiny", "270M"])
+def test_five_minutes_of_load_leave_the_memory_as_it_is(size, quick, served_folder, tokenizer_file, tmp_path):
     if not Path("/proc/self/statm").exists():
         pytest.skip("resident memory is read as Linux gives it")
-    process = quick(["serve", str(served_folder), "--port", "0", "--backend", "torch"], {"OMP_NUM_THREADS": "1"})
+    folder, engine = served_folder, ["--backend", "torch"]
+    if size == "270M":
+        folder, engine = four_bit_270m(tmp_path, tokenizer_file), ["--backend", "auto"]
+    process = quick(["serve", str(folder), "--port", "0", *engine], {"OMP_NUM_THREADS": "1"})
     log = tmp_path / "log"
-    while not (log.exists() and (found := re.search(r"at (http://\S+) \(", log.read_text()))):
+    while not (log.exists() and (found := re.search(r"at (http://\S+) \(.*", log.read_text()))):
         assert process.is_alive()
         time.sleep(0.1)
     url = found[1]
@@ -128,6 +151,7 @@ def test_five_minutes_of_load_leave_the_memory_as_it_is(serving, quick, served_f
     tally = load(url, 64, 300.0, cancels=0.1, malformed=0.05)
     check(url, tally)
     grown = resident_bytes(process.pid) - before
+    print(found[0])
     print(f"{tally.statuses}, {tally.cancelled} left, {tally.tokens} tokens, {grown / 2**20:+.1f} MiB")
     assert grown < 16 << 20
 
@@ -140,12 +164,6 @@ def tokens_per_s(served: Any, clients: int, seconds: float) -> float:
 
 @pytest.mark.slow  # a model whose step takes longer than a message, so that batching is what is measured
 def test_eight_clients_get_two_and_a_half_times_the_tokens_of_one(serving, engine, tokenizer_file):
-    import torch
-
-    from openelm.infer.torch_decoder import TorchDecoder
-    from openelm.model.geometry import ModelConfig
-    from openelm.model.transformer import OpenELM, init_weights
-
     config = ModelConfig(
         model_dim=512, num_transformer_layers=8, head_dim=64, num_gqa_groups=4, vocab_size=400, max_context_length=128
     )

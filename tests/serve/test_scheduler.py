@@ -134,9 +134,9 @@ def test_on_the_cpu_decoder_texts_are_those_of_the_engine_too(served_folder, sta
     if not native.available():
         pytest.skip("the CPU decoder is not built")
     engine = Engine.load(served_folder, device="cpu", backend="native", threads=1)
-    # Prompts whole and of their own: its bf16 makes other roundings of a prompt in pieces.
-    scheduler = start(engine.decoder, prefill_tokens=1024)
-    texts = [Asked(engine, random_ids(9 + n, n), 20) for n in range(12)]
+    scheduler = start(engine.decoder, prefill_tokens=16)
+    # No two prompts begin alike, but for the BOS.
+    texts = [Asked(engine, random_ids(3 + 5 * n, n), 20) for n in range(12)]
     for text in texts:
         scheduler.submit([text])
         time.sleep(0.001)
@@ -145,12 +145,22 @@ def test_on_the_cpu_decoder_texts_are_those_of_the_engine_too(served_folder, sta
         assert text.writer.ids == alone(engine, list(text.prompt), 20)[1]
 
 
+def test_a_prompt_is_cut_at_the_same_places_whoever_else_comes_in(engine, start):
+    decoder = Slow(engine)
+    scheduler = start(decoder, prefill_tokens=8)
+    texts = [Asked(engine, random_ids(length, length), 1) for length in (5, 21, 8, 30)]
+    scheduler.submit(texts)
+    for text in texts:
+        text.text()
+    assert decoder.pieces == [5, 8, 8, 5, 8, 8, 8, 8, 6]
+
+
 class Slow:
     """A decoder whose calls are written down, and wait for a signal where that is asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self.config, self.device, self.description = engine.decoder.config, engine.decoder.device, "slow"
-        self._decoder, self.calls = engine.decoder, []
+        self._decoder, self.calls, self.pieces = engine.decoder, [], []
         self.gate = threading.Semaphore(0)
         self.fails: Callable[[str], bool] = lambda call: False
         self.waits = False
@@ -168,6 +178,8 @@ class Slow:
                     if outer.waits:
                         outer.gate.acquire()
                     outer.calls.append(name)
+                    if name == "prefill":
+                        outer.pieces.append(len(arguments[1][0]))
                     if outer.fails(name):
                         raise MemoryError("no room")
                     return method(*arguments)

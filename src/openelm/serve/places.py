@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from openelm.data.chat import common_length
 from openelm.infer.slots import Slots
 
-WORTH_COPYING = 16  # tokens: fewer are computed about as fast as they are copied
+WORTH_KEEPING = 16  # tokens of another text: fewer, a BOS mostly, are computed about as fast as they are copied
 
 
 class Places:
@@ -36,10 +36,10 @@ class Places:
         else:
             # What another text still needs, or most of which this one has no use for, is copied.
             slot = self._free[0]
-            if best != slot and length >= WORTH_COPYING:
-                self._slots.copy(best, slot)
-            elif best != slot:
+            if length < WORTH_KEEPING:
                 length = 0
+            elif best != slot:
+                self._slots.copy(best, slot)
         self._slots.truncate(slot, length)
         self._free.remove(slot)
         self._texts[slot] = text

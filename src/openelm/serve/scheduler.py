@@ -181,7 +181,8 @@ class Scheduler:
             if text is None:
                 return
             done = self._slots.length(text.slot)
-            part = text.prompt[done : done + room]
+            # A prompt is cut at the same places whoever else comes in: a piece's length can change how sums are rounded.
+            part = text.prompt[done : (done // self._prefill_tokens + 1) * self._prefill_tokens]
             room -= len(part)
             try:
                 scored = self._prefill(text, done, part)
