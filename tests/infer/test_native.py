@@ -140,7 +140,9 @@ def assert_same_rounding(model: NativeModel, expected: OpenELM, group: int | Non
     follows. So most single tokens must agree, and of a text no more than what rounding costs is asked.
     """
     ids = random_ids(expected.config)
-    alone = [distance(after(model.slots(1, 1), 0, id[None]), reference(expected, id[None], group)[0]) for id in ids]
+    alone = [
+        distance(model.slots(1, 1).decode([0], id[None])[0], reference(expected, id[None], group)[0]) for id in ids
+    ]
     assert sorted(alone)[len(alone) // 2] < 1e-3
     logits, wanted = token_by_token(model, ids), reference(expected, ids, group)
     assert (logits - wanted).std() / wanted.std() < 0.05

@@ -181,7 +181,7 @@ class Scheduler:
             if text is None:
                 return
             done = self._slots.length(text.slot)
-            # A prompt is cut at the same places whoever else comes in: a piece's length can change how sums are rounded.
+            # A prompt is cut at the same places whoever else comes in: how a sum is rounded can depend on its piece.
             part = text.prompt[done : (done // self._prefill_tokens + 1) * self._prefill_tokens]
             room -= len(part)
             try:
