@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openelm.commands.generate import add_backend_arguments, add_engine_arguments, load_engine, model_folder
+from openelm.commands.generate import (
+    add_backend_arguments,
+    add_engine_arguments,
+    add_sampling_arguments,
+    load_engine,
+    model_folder,
+    read_sampling,
+)
 from openelm.errors import UserError
 
 HELP = "Talk with a model that was tuned on conversations; /help lists what else can be said."
@@ -20,37 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--template", metavar="FILE", help="chat template for a model without one: a Jinja file, plain or handbook"
     )
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer, at most (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy (default: 0.7)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest (default 0: all)")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="only the fewest that reach probability P (default: 0.95)",
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="only those P times as likely as the likeliest (default: 0)",
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: avoid earlier tokens (default: 1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same answers (default: 0)")
+    add_sampling_arguments(parser, temperature=0.7, top_p=0.95)
     add_engine_arguments(parser)
     add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
-    from openelm.infer.sampling import Sampling
     from openelm.serve.chat_terminal import TerminalChat, say
     from openelm.serve.template import ChatTemplate
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    sampling = read_sampling(args)
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
     text = template_text(args.model, args.template)

@@ -14,6 +14,7 @@ from openelm.errors import UserError
 
 if TYPE_CHECKING:
     from openelm.infer.engine import Engine, Stream
+    from openelm.infer.sampling import Sampling
     from openelm.infer.speculative import Speculation
 
 HELP = "Continue a prompt with a model, streaming the text."
@@ -36,22 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder, run folder (its model/ is taken), or Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: all of standard input)")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest (default 0: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the fewest that reach probability P (default: 1)"
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="only those P times as likely as the likeliest (default: 0)",
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: avoid earlier tokens (default: 1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: 0)")
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--sliding-window",
         action="store_true",
@@ -64,6 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_arguments(parser)
     add_draft_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, instead of the text")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, temperature: float = 0.0, top_p: float = 1.0) -> None:
+    """How tokens are chosen; ``read_sampling`` reads it."""
+    options: tuple[tuple[str, type, float, str, str], ...] = (
+        ("--temperature", float, temperature, "X", "0 is greedy"),
+        ("--top-k", int, 0, "K", "only the K likeliest; 0: all"),
+        ("--top-p", float, top_p, "P", "only the fewest that reach probability P"),
+        ("--min-p", float, 0.0, "P", "only those P times as likely as the likeliest"),
+        ("--repetition-penalty", float, 1.0, "X", "above 1: avoid earlier tokens"),
+        ("--seed", int, 0, "N", "same seed, same text"),
+    )
+    for name, kind, default, value, help in options:
+        parser.add_argument(name, type=kind, default=default, metavar=value, help=f"{help} (default: {default:g})")
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """What the sampling arguments ask for; UserError with every problem found."""
+    from openelm.infer.sampling import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,10 +224,9 @@ def checked_kind(path: Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Write prompt and completion to standard output, speeds to standard error."""
-    from openelm.infer.sampling import Sampling
     from openelm.infer.writing import checked_stops
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    sampling = read_sampling(args)
     checked_stops(args.stop)
     check_drafting(args)
     prompt = read_standard_input() if args.prompt is None else args.prompt
