@@ -49,6 +49,12 @@ STANDS_FOR = {
 # Commands that cannot run here; their arguments are read all the same.
 NOT_RUN = {
     "openelm evaluate --suite all --prefetch": "downloads some 70 data sets, which the loopback Hub does not have",
+    # What they do is tested small in tests/bench.
+    "openelm bench peers --size 270M --peers ours transformers llama.cpp --group-size 32 --repeats 3 "
+    "--environment llama.cpp=$L": "needs a Python with llama-cpp-python",
+    "openelm bench generate --sizes 1.1B --weights bf16 8row 4bit --group-size 32 --one-at-a-time --quick "
+    "--repeats 3": "makes a model of 2 GB",
+    "openelm bench peers --peers baselines": "29 GB of models",
 }
 # Options of other programs that sentences name.
 FOREIGN = {
