@@ -221,7 +221,10 @@ def planned(done: Done) -> None:
 def written(done: Done) -> None:
     if done.given.json:
         account = json.loads(done.out)
-        assert account["completion"] and account["speculation"]["accepted"] <= account["speculation"]["drafted"]
+        drafts, made = account["speculation"], account["completion_tokens"]
+        assert account["completion"] and drafts["accepted"] > 0
+        # The prompt gives the first token, and each pass one beside those that it accepts.
+        assert account["finish_reason"] != "length" or made == 1 + drafts["passes"] + drafts["accepted"]
         return
     assert done.out.startswith(done.given.prompt) and len(done.out) > len(done.given.prompt) + 1
 

@@ -91,5 +91,5 @@ def check_disk(folder: Path, need: int) -> None:
     if need > free:
         raise UserError(
             f"the models to be made take {need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: name "
-            "another folder with --models"
+            "another folder with --models-folder"
         )
