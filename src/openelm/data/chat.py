@@ -74,8 +74,8 @@ def encode_chat(
     return ids, counts
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences share at their beginnings."""
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items, ids mostly, two sequences share at their beginnings."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -177,10 +177,13 @@ class Engine:
             # Room for what may follow it: a conversation grows.
             kept = self.decoder.slots(1, min(self.limit, max(256, 1 << (needed - 1).bit_length()))), []
         slots, held = kept
+        # A prompt that is longer than a slot begins elsewhere (Texts), and has nothing in common with what is held.
+        common = common_prefix([prompt, [*held, -1]]) if len(prompt) <= slots.capacity else 0
+        slots.truncate(0, min(slots.length(0), common))
         if speculation is not None:
-            yield from self._drafted(speculation, slots, held, prompt, steps, sampling)
+            yield from self._drafted(speculation, slots, prompt, steps, sampling)
             return
-        texts = self._texts(slots, [prompt], sampling, [sampling.seed], slide, held)
+        texts = self._texts(slots, [prompt], sampling, [sampling.seed], slide)
         try:
             for _ in range(steps):
                 yield texts.step([0])
@@ -188,11 +191,10 @@ class Engine:
             self._kept = slots, texts.held()
 
     def _drafted(
-        self, speculation: Speculation, slots: Slots, held: list[int], prompt: list[int], steps: int, sampling: Sampling
+        self, speculation: Speculation, slots: Slots, prompt: list[int], steps: int, sampling: Sampling
     ) -> Generator[list[int]]:
         """The same, as speculative.py has it."""
         text = list(prompt)
-        slots.truncate(0, min(slots.length(0), common_prefix([text, [*held, -1]])))
         logits_1V = slots.prefill([0], [text[slots.length(0) :]])
         try:
             yield from speculation.steps(slots, 0, logits_1V[0], text, steps, sampling, self.tokenizer.vocab_size)
@@ -200,16 +202,10 @@ class Engine:
             self._kept = slots, text[: slots.length(0)]
 
     def _texts(
-        self,
-        slots: Slots,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        slide: bool,
-        held: Sequence[int] = (),
+        self, slots: Slots, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int], slide: bool
     ) -> Texts:
         vocab_size = self.tokenizer.vocab_size
-        return Texts(slots, prompts, sampling, seeds, vocab_size=vocab_size, device=self.device, slide=slide, held=held)
+        return Texts(slots, prompts, sampling, seeds, vocab_size=vocab_size, device=self.device, slide=slide)
 
     def _capacity(self, prompts: list[list[int]], steps: int) -> int:
         return min(self.limit, max(map(len, prompts)) + steps - 1)

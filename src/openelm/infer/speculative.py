@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openelm.data.chat import common_length
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.infer.sampling import Sampling, next_tokens
@@ -106,7 +107,7 @@ class Speculation:
                 else:
                     logits_TV = slots.decode([slot], torch.tensor(text[-1:], device=logits_V.device))
                 chosen = choose(logits_TV, text, drafted)
-                accepted = agreement(drafted, chosen)
+                accepted = common_length(drafted, chosen)
                 del chosen[accepted + 1 :]  # chosen behind a token that is not there
                 slots.truncate(slot, held + 1 + accepted)
                 self.account.passes += 1
@@ -181,7 +182,7 @@ class _Computed:
         count = min(count, self.slots.capacity - len(text) + 1)
         if count < 1:
             return []
-        self._known += agreement(self.held[self._known :], text[self._known : -1])
+        self._known += common_length(self.held[self._known :], text[self._known : -1])
         self.slots.truncate(0, self._known)
         del self.held[self._known :]
         drafted = self._choose(self._run(text[self._known :]), text, [])
@@ -222,18 +223,12 @@ class _Copied:
         return []
 
 
-def agreement(first: Sequence[object], second: Sequence[object]) -> int:
-    """How many both begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def check_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
     """UserError where the ids of a draft stand for other tokens than those of the model that it drafts for."""
     ours, theirs = target.backend.pieces, draft.backend.pieces
     remedy = "draft with a model that was trained with the same tokenizer"
     if len(ours) != len(theirs):
         raise UserError(f"the draft's tokenizer has {len(theirs)} tokens, the model's {len(ours)}: {remedy}")
-    other = agreement(ours, theirs)
+    other = common_length(ours, theirs)
     if other < len(ours):
         raise UserError(f"token {other} is {theirs[other]!r} for the draft, {ours[other]!r} for the model: {remedy}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openelm.data.chat import common_length
 from openelm.infer.sampling import Sampling, next_tokens
 from openelm.infer.slots import Slots
 
@@ -29,9 +30,8 @@ class Texts:
         vocab_size: int,
         device: torch.device,
         slide: bool = False,
-        held: Sequence[int] = (),
     ) -> None:
-        """``held`` is what the first slot has of an earlier text; as far as its own begins with it, it is kept."""
+        """What slots hold already is the beginning of their texts."""
         self.ids = [list(prompt) for prompt in prompts]
         self._slots, self._sampling, self._slide = slots, sampling, slide
         # An embedding is often wider than the vocabulary; what only fills it up is never chosen.
@@ -48,8 +48,6 @@ class Texts:
             self._seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
             for row, ids in enumerate(self.ids):
                 self._seen_BV[row, torch.tensor(ids, device=device)] = True
-        if slots.length(0):
-            slots.truncate(0, common_prefix([self._window(self.ids[0]), [*held, -1]]))
         self._logits_BV = self._prefill()
 
     def step(self, rows: list[int]) -> list[int]:
@@ -146,5 +144,4 @@ class Texts:
 def common_prefix(texts: Sequence[list[int]]) -> int:
     """Tokens that all texts begin with, one less than the shortest has at most: each keeps one to run."""
     least, most = min(texts), max(texts)  # in the order of words all others lie between
-    shortest = min(map(len, texts)) - 1
-    return next((n for n in range(shortest) if least[n] != most[n]), max(0, shortest))
+    return max(0, min(common_length(least, most), min(map(len, texts)) - 1))
