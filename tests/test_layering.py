@@ -25,7 +25,7 @@ FLOORS = (
     {"tuning_config"},
     {"config", "data", "report"},
     {"model", "recipe"},
-    {"environment", "files"},
+    {"environment", "files", "user_function"},
     {"errors", "__init__"},
 )
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}

@@ -18,9 +18,10 @@ from openelm.errors import UserError
 from openelm.infer.engine import Engine
 from openelm.infer.sampling import Sampling
 from openelm.infer.torch_decoder import TorchSlots
+from openelm.interop.source import read_chat_template
 from openelm.serve.chat_terminal import TerminalChat, read_message
 from openelm.serve.conversation import Conversation
-from openelm.serve.template import ChatTemplate, read_template
+from openelm.serve.template import ChatTemplate
 
 GREEDY = ["--temperature", "0", "--max-tokens", "8", "--backend", "torch", "--device", "cpu"]
 ODD = [
@@ -129,15 +130,15 @@ def test_a_turn_has_a_known_role_and_text(tokenizers: list[Tokenizer], turn: dic
 
 
 def test_a_template_is_found_in_its_file_or_in_the_older_place(tmp_path: Path) -> None:
-    assert read_template(tmp_path) is None
+    assert read_chat_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "older"}))
-    assert read_template(tmp_path) == "older"
+    assert read_chat_template(tmp_path) == "older"
     (tmp_path / "chat_template.jinja").write_text("newer")
-    assert read_template(tmp_path) == "newer"
+    assert read_chat_template(tmp_path) == "newer"
     (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read"):
-        read_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):
+        read_chat_template(tmp_path)
 
 
 # The conversation

@@ -91,10 +91,13 @@ def test_a_guard_is_a_function_of_a_file_or_a_module(tmp_path):
     guard = load_guard(f"{file}:judge")
     assert guard("", "a bad word") and not guard("a", "b")
     assert load_guard("operator:contains")("abc", "b")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def judge(:")
     for reference, words in (
-        (f"{file}:nobody", "there is no function nobody"),
+        (f"{file}:nobody", "has no function nobody; it has judge"),
         (f"{tmp_path}/none.py:judge", "is not there"),
         ("no_such_module:judge", "cannot be imported"),
+        (f"{broken}:judge", r"cannot be imported \(SyntaxError"),
         ("alone", "names no guard"),
     ):
         with pytest.raises(UserError, match=words):

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def template_text(model: str, chosen: str | None) -> str:
     """The template that --template names, or the model's own; UserError for a model without one."""
     from openelm.data.chat import CHAT_TEMPLATE, HANDBOOK_TEMPLATE
-    from openelm.serve.template import read_template
+    from openelm.interop.source import read_chat_template
 
     ours = {"plain": CHAT_TEMPLATE, "handbook": HANDBOOK_TEMPLATE}
     if chosen in ours:
@@ -62,7 +62,7 @@ def template_text(model: str, chosen: str | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise UserError(f"--template {chosen}: {reason}: give a Jinja file, plain or handbook") from error
-    found = read_template(model_folder(model))
+    found = read_chat_template(model_folder(model))
     if not found:
         raise UserError(
             f"{model} has no chat template, so it was not tuned on conversations: continue a text with `openelm "

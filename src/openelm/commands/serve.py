@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'openelm-framework[serve]'") from error
+    from openelm.interop.source import read_chat_template
     from openelm.serve.guard import load_guard
     from openelm.serve.server import bind, make_server, url
     from openelm.serve.service import Service
     from openelm.serve.settings import Settings
-    from openelm.serve.template import ChatTemplate, read_template
+    from openelm.serve.template import ChatTemplate
 
     settings = Settings(
         slots=args.slots,
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if args.template:
             text = template_text(args.model, args.template)
         else:
-            text = read_template(model_folder(args.model)) or ""  # a base model has none
+            text = read_chat_template(model_folder(args.model)) or ""  # a base model has none
         template = ChatTemplate(text, engine.tokenizer, f"the chat template of {name}") if text else None
         service = Service(engine, settings, name=name, template=template, guard=guard)
         server = make_server(service, access_log=args.access_log)

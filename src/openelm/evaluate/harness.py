@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from openelm.data.chat import compile_template
 from openelm.errors import UserError
 from openelm.evaluate.results import TaskResult
 from openelm.files import disk_errors_named
@@ -214,15 +215,15 @@ class Answers:
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the model's prompt; without ``add_generation_prompt`` the last turn can be gone on with."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self._template is None:
             raise UserError("the model has no chat template: evaluate it without one, or give chat_template")
         tokenizer = self.engine.tokenizer
         names = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
         try:
-            template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self._template)
-            text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt, **names)
+            text = compile_template(self._template).render(
+                messages=chat_history, add_generation_prompt=add_generation_prompt, **names
+            )
         except TemplateError as error:
             raise UserError(f"the chat template cannot be applied ({error}): correct chat_template.jinja") from error
         last = chat_history[-1]["content"].strip()

@@ -86,7 +86,7 @@ def open_folder(folder: Path) -> Source:
         read=stored.read,
         quantized=stored.quantized_dtype is not None,
         tokenizer=tokenizer,
-        chat_template=_chat_template(folder),
+        chat_template=read_chat_template(folder),
         generation=_json(folder / "generation_config.json"),
         notes=tuple(notes),
         card=read_text(folder / "README.md"),
@@ -128,7 +128,7 @@ def _left_behind(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return [f"{folder}: tokenizer.json has {len(added)} tokens more than tokenizer.model ({added[0]}, …): left behind"]
 
 
-def _chat_template(folder: Path) -> str | None:
+def read_chat_template(folder: Path) -> str | None:
     """From its own file, or from tokenizer_config.json, where older folders have it."""
     older = _json(folder / "tokenizer_config.json").get("chat_template")
     return read_text(folder / "chat_template.jinja") or (older if isinstance(older, str) else None)

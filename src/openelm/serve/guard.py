@@ -7,18 +7,15 @@ answer before anything is computed, then with the answer as far as it has come, 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import re
-import sys
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from openelm.errors import UserError
 from openelm.serve.errors import Refused
+from openelm.user_function import user_function
 
 Guard = Callable[[str, str], bool]
 
@@ -41,30 +38,8 @@ def load_guard(reference: str) -> Guard:
         raise UserError(f"--guard {reference} names no guard: write {FORMS}")
     if Path(place).is_dir():
         return _classifier(Path(place), rest)
-    module = _module(place)
-    function = getattr(module, rest, None)
-    if not callable(function):
-        raise UserError(f"--guard {reference}: there is no function {rest} in {place}: write {FORMS}")
-    guard: Guard = function
+    guard: Guard = user_function(f"--guard {reference}", place, rest)[1]
     return guard
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ImportError as error:
-            raise UserError(f"--guard: {place} cannot be imported ({error}): write {FORMS}") from error
-    path = Path(place)
-    if not path.is_file():
-        raise UserError(f"--guard: {path} is not there: write {FORMS}")
-    name = f"openelm_guard_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _classifier(folder: Path, rest: str) -> Guard:

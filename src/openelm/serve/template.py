@@ -6,14 +6,14 @@ a message is four characters, as everywhere in this project.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from openelm.data.chat import ROLES
-from openelm.data.tokenizer import CONFIG_FILE, Tokenizer
+from openelm.data.chat import ROLES, compile_template
+from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
+from openelm.interop.source import read_chat_template
 
 TEMPLATE_FILE = "chat_template.jinja"
 # A character that Unicode keeps out of texts. It breaks up special tokens in messages while the template is applied.
@@ -26,13 +26,10 @@ class ChatTemplate:
     def __init__(self, text: str, tokenizer: Tokenizer, name: str = TEMPLATE_FILE) -> None:
         """UserError where ``text`` is no template; ``name`` is what messages call it."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self._tokenizer, self._name = tokenizer, name
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse  # templates that check their input call it
         try:
-            self._template = environment.from_string(text)
+            self._template = compile_template(text)
         except TemplateError as error:
             raise UserError(f"{name} is no chat template ({error}): correct it") from error
         self._special = _special_tokens(tokenizer)
@@ -42,7 +39,7 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The template of a model folder; None for one without, a base model."""
-        text = read_template(folder)
+        text = read_chat_template(folder)
         return cls(text, tokenizer, str(folder / TEMPLATE_FILE)) if text else None
 
     def encode(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
@@ -74,30 +71,9 @@ class ChatTemplate:
         return {"role": role, "content": self._cut.sub(lambda found: found[0][0] + _MARK + found[0][1:], content)}
 
 
-def read_template(folder: Path) -> str | None:
-    """The text of a folder's template: a file of its own, or in older folders an entry of tokenizer_config.json."""
-    for name in (TEMPLATE_FILE, CONFIG_FILE):
-        try:
-            text = (folder / name).read_text(encoding="utf-8")
-            found = text if name == TEMPLATE_FILE else json.loads(text).get("chat_template")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / name} cannot be read ({error}): mend it, or copy it again") from error
-        if isinstance(found, str) and found:
-            return found
-    return None
-
-
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Spelling and id of the tokens that stand for no text."""
     table = tokenizer.backend.piece_bytes()
     ends = [tokenizer.bos_id, tokenizer.eos_id]
     ids = ends if table is None else [*ends, *(id for id, piece in enumerate(table) if not piece)]
     return {spelling: id for id in ids if (spelling := tokenizer.piece(id))}
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 import sys
@@ -21,6 +19,7 @@ from openelm.infer.engine import native_dtype
 from openelm.interop.hub import model_path
 from openelm.model.stored import safetensors_files
 from openelm.tune.rejection import Prompt, Reward
+from openelm.user_function import user_function
 
 PREFIX = "python:"
 FORMS = "python:FILE.py:FUNCTION, python:MODULE:FUNCTION, or a classifier's folder or Hub id"
@@ -102,32 +101,7 @@ def _imported(reference: str) -> tuple[ModuleType, Callable[..., Any]]:
     place, _, name = reference.removeprefix(PREFIX).rpartition(":")
     if not place or not name:
         raise UserError(f"--reward {reference} names no function: write {FORMS}")
-    try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--reward {reference}: {place} cannot be imported ({type(error).__name__}: {error}): correct it; "
-            "--traceback shows where"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(f"--reward {reference}: {place} has no function {name}; it has {', '.join(there) or 'none'}")
-    return module, function
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"--reward: {path} is not there: give the path of a Python file")
-    name = f"openelm_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return user_function(f"--reward {reference}", place, name)
 
 
 # A classifier
