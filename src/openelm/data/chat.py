@@ -27,7 +27,7 @@ HANDBOOK_TEMPLATE = (
 
 
 def compile_template(text: str) -> Any:
-    """Other people's Jinja, rendered in a sandbox with transformers' settings; jinja2's TemplateError for other text."""
+    """Other people's Jinja, rendered in a sandbox with transformers' settings; TemplateError where it is none."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
