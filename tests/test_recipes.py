@@ -11,6 +11,7 @@ import yaml
 from openelm import cli
 from openelm.config import RunConfig, load_recipe, recipe_names
 from openelm.errors import UserError
+from openelm.study.ablation import load_ablation
 from openelm.train.schedule import Schedule
 from openelm.tuning_config import TuneConfig, load_tuning
 
@@ -76,8 +77,10 @@ def test_a_recipe_reads_again_from_what_it_resolves_to(name, size, tmp_path):
 
 
 def test_every_packaged_recipe_loads_as_it_is():
-    assert {*PRETRAIN, *TUNING, "demo"} == set(recipe_names())
-    loaded = {name: (load_tuning if name in TUNING else load_recipe)(name, []) for name in recipe_names()}
+    loaders = {**dict.fromkeys([*PRETRAIN, "demo"], load_recipe), **dict.fromkeys(TUNING, load_tuning)}
+    loaders |= dict.fromkeys(("ablation", "ablation-cluster"), load_ablation)
+    assert loaders.keys() == set(recipe_names())
+    loaded = {name: load(name, []) for name, load in loaders.items()}
     assert {name: config.name for name, config in loaded.items()} == {name: name for name in recipe_names()}
 
 

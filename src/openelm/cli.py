@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "convert a model for transformers, CoreNet, mlx-lm, llama.cpp or Ollama",
     "quantize": "round a model's weights to 4 or 8 bits",
     "push": "publish a run or a model on the Hugging Face Hub",
+    "ablate": "train models that differ in how their layers are scaled, and compare them",
     "sweep": "try a grid of settings and find the best by a suite",
     "bench": "measure generation, norms, training and data, beside peers and the machine's roof",
     "report": "draw the report of a run",

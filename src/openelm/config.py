@@ -43,6 +43,7 @@ class ModelSection(Section):
     max_context_length: Int | None = None
     rope_freq_constant: float | None = None
     normalize_qk_projections: bool | None = None
+    normalization_layer_name: Literal["rms_norm", "layer_norm"] | None = None
     share_input_output_layers: bool | None = None
 
     def build(self, *, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
@@ -216,6 +217,8 @@ def load(form: type[C], recipe: str, overrides: list[str]) -> C:
     UserError with all problems and, for unknown keys, the nearest valid one.
     """
     layers = read_layers(recipe)
+    if any("ablation" in layer.sections for layer in layers):
+        raise UserError(f"{recipe} compares models: run `openelm ablate {recipe}`")
     if _tunes(layers, overrides) == (form is RunConfig):
         if form is RunConfig:
             raise UserError(f"{recipe} tunes a model that is there: run `openelm finetune {recipe}`, or `openelm dpo`")

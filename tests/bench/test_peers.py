@@ -17,8 +17,9 @@ from openelm.bench.peers import BASELINES, ENGINES, OURS, environments, filled, 
 from openelm.bench.published import ROWS
 from openelm.bench.rounds import Case, Plan, measure
 from openelm.bench.runners import openvino_peer, transformers_peer
-from openelm.bench.session import RUNNERS
+from openelm.bench.session import RUNNERS, Session
 from openelm.errors import UserError
+from openelm.interop.transformers_folder import MODELING_FILE
 from openelm.model import geometry
 from openelm.model.folder import load_model
 
@@ -34,6 +35,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(generate, "needs_fp32", lambda device: False)
     monkeypatch.setattr(peers, "needs_fp32", lambda device: False)
     return named("30M", 64)
+
+
+def keep_auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the runner registers in this process is forgotten with the test."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", {**mapping._extra_content})
+    monkeypatch.setitem(sys.modules, "modeling_openelm", None)
 
 
 def test_groups_are_spelt_out_and_ours_comes_first() -> None:
@@ -113,8 +124,7 @@ def test_peers_make_as_many_tokens_as_are_asked_for(
     pytest.importorskip(package)
     pytest.importorskip("gguf")
     if package == "transformers":
-        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-        monkeypatch.setattr("sys.path", [*sys.path])
+        keep_auto_classes(monkeypatch)
     wanted = wanted_of(name, tiny, PLAN, CPU, 64)[0]
     entry = filled(wanted, tiny, Models(tmp_path, 64, lambda _: None), lambda _: None)
     runner = importlib.import_module(f"openelm.bench.runners.{entry.runner}").load(entry.specification)
@@ -125,6 +135,29 @@ def test_peers_make_as_many_tokens_as_are_asked_for(
     assert first == runner.run([[5, 6, 7, 8]], 8, lambda: None), "nothing is left of the run before"
     assert len(first[0]) == 8 and marks == [1]
     assert runner.about["bytes_per_token"] > 0
+
+
+def test_transformers_runs_the_package_s_model_and_no_code_of_a_folder(tiny: Any, tmp_path: Path) -> None:
+    """In a Python that has not our package, and with a copy in the folder that leaves a trace if it is run."""
+    pytest.importorskip("transformers")
+    made = Models(tmp_path, 64, lambda _: None)
+    entry = filled(wanted_of("transformers", tiny, PLAN, CPU, 64)[0], tiny, made, lambda _: None)
+    folder = Path(entry.specification["folder"])
+    assert json.loads((folder / "config.json").read_text())["auto_map"], "transformers would run it if it were trusted"
+    (folder / "modeling_openelm.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w').close()\n")
+    (tmp_path / "without" / "openelm").mkdir(parents=True)
+    (tmp_path / "without" / "openelm" / "__init__.py").write_text("raise ImportError('not installed here')\n")
+    places = {"PYTHONPATH": str(tmp_path / "without"), "HF_HOME": str(tmp_path / "home")}
+    with Session(entry.file, threads=1, environment=places) as session:
+        session.ask("load", **{**entry.specification, "dtype": "float32"})
+        given = session.ask("run", prompts=[[5, 6, 7, 8]], tokens=6, room=10)["made"][0]
+    assert not (tmp_path / "trace").exists()
+    assert not list((tmp_path / "home").rglob("*.py")), "and none was copied to be run"
+    ids, model = [5, 6, 7, 8], load_model(folder)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert given == ids[4:]
 
 
 def test_what_openvino_is_given_computes_what_the_model_does(tiny: Any, tmp_path: Path) -> None:
@@ -169,11 +202,10 @@ def test_a_compiled_peer_is_asked_with_a_cache_that_keeps_its_size(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])
+    keep_auto_classes(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which takes a minute
     folder = str(Models(tmp_path, 64, lambda _: None).for_transformers(tiny))
-    told = {"folder": folder, "device": "cpu", "threads": 1, "dtype": "float32"}
+    told = {"folder": folder, "code": str(MODELING_FILE), "device": "cpu", "threads": 1, "dtype": "float32"}
     found = []
     for compiled in (False, True):
         runner = transformers_peer.load({**told, "compile": compiled})

@@ -195,8 +195,8 @@ def test_hash_reads_each_row_by_the_worker_that_a_run_would_have_for_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six shards on four ranks of two workers: ranks 0 and 2 share the even shards, 1 and 3 the odd ones."""
-    from openelm.commands.data import row_hashes
     from openelm.config import load_recipe
+    from openelm.data.row_hashes import row_hashes
     from openelm.data.stream import TokenStream
     from openelm.train import parts
 

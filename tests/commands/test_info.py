@@ -12,6 +12,7 @@ import yaml
 import small_adapters
 from openelm import ModelConfig, OpenELM, cli, save_model
 from openelm.commands.info import bar, readable_bytes
+from openelm.commands.info_twins import from_to
 from openelm.interop.adapter import Adapter, shapes
 
 TINY = dict(model_dim=64, num_transformer_layers=3, head_dim=16, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=300)
@@ -180,3 +181,142 @@ def test_a_tuning_run_says_from_what_it_began(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**of_run, "adapter": {"kind": "lora"}}))
     assert cli.run(["info", str(tmp_path)]) == 2
     assert "holds no adapter" in capsys.readouterr().err
+
+
+def test_a_twin_is_drawn_with_its_distance_and_a_recipe_that_makes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["info", "--like", "270M", "--kind", "uniform"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0].startswith("uniform twin of OpenELM-270M: 16 layers, model_dim 1,280")
+    layers = [line for line in lines if line[:5].strip().isdecimal()]
+    assert len(layers) == 16 and all(line.split()[1] == "16/4" and " 2,880 " in line for line in layers)
+    # 270,380,288 of 271,527,168 parameters.
+    assert "From OpenELM-270M: parameters -0.42%, training FLOPs a token -0.20%, in rows of 2,048." in lines
+    section = text[text.index("\nmodel:\n") :]
+    recipe = yaml.safe_load(section)["model"]
+    assert (recipe["qkv_multipliers"], recipe["ffn_multipliers"], recipe["vocab_size"]) == (0.8, 2.25, 32000)
+    pasted = tmp_path / "twin.yaml"
+    rest = "name: twin\ndata: {sources: [{name: a, path: a.txt}]}\n"
+    train = "train: {steps: 1, global_batch: 1, micro_batch: 1, lr: 0.001, min_lr: 0}\n"
+    pasted.write_text(rest + train + section)
+    found = figures(capsys, str(pasted))
+    assert found["parameters"] == 270_380_288
+    assert found["num_query_heads"] == [16] * 16 and found["ffn_dims"] == [2880] * 16
+
+
+def test_the_pasted_recipe_of_any_kind_makes_the_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # An odd one: untied, with another context and rotation, and heads of which layers take turns.
+    config = ModelConfig(
+        **{**TINY, "num_transformer_layers": 9, "num_gqa_groups": 1},  # type: ignore[arg-type]
+        max_context_length=100,
+        rope_freq_constant=500,
+        share_input_output_layers=False,
+    )
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(yaml.safe_dump({"geometry": config.as_dict()}))
+    rest = "name: twin\ndata: {row_length: 50, sources: [{name: a, path: a.txt}]}\n"
+    train = "train: {steps: 1, global_batch: 1, micro_batch: 1, lr: 0.001, min_lr: 0}\n"
+    seen = set()
+    for kind in ("uniform", "reversed", "ffn", "layer-norm", "llama"):
+        assert cli.run(["info", "--like", str(tmp_path), "--kind", kind]) == 0
+        text = capsys.readouterr().out
+        expected = figures(capsys, "--like", str(tmp_path), "--kind", kind)
+        pasted = tmp_path / "twin.yaml"
+        pasted.write_text(rest + train + text[text.index("\nmodel:\n") :])
+        found = figures(capsys, str(pasted))
+        assert expected["kind"] == kind and expected["like"] == str(tmp_path)
+        assert set(expected) - set(found) == {"like", "kind", "row_length", "parameters_off", "flops_off", "recipe"}
+        differing = {name for name in found if found[name] != expected[name]}
+        assert differing <= {"name", "bos_token_id", "eos_token_id"}
+        seen.add(json.dumps([found["num_query_heads"], found["ffn_dims"], found["normalization_layer_name"]]))
+    assert len(seen) == 5
+
+
+def test_the_table_of_twins_has_a_row_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    from openelm.model.twins import KINDS
+
+    found = figures(capsys, "--like", "270M")
+    assert (found["like"], found["parameters"], found["row_length"]) == ("OpenELM-270M", 271_527_168, 2048)
+    assert [twin["kind"] for twin in found["twins"]] == list(KINDS)
+    for twin in found["twins"]:
+        assert twin["is_within"] and max(abs(twin["parameters_off"]), abs(twin["flops_off"])) <= 0.005
+        assert twin["parameters_off"] == twin["parameters"] / 271_527_168 - 1
+        assert twin["flops_off"] == twin["train_flops_per_token"] / found["train_flops_per_token"] - 1
+    uniform, llama = found["twins"][1], found["twins"][-1]
+    assert uniform["num_query_heads"] == [16] * 16 and uniform["cache_bytes_per_token"] == 2 * 2 * 64 * 4 * 16
+    assert llama["cache_bytes_per_token"] == 4 * uniform["cache_bytes_per_token"]
+    assert llama["recipe"]["num_gqa_groups"] == 1 and llama["recipe"]["normalize_qk_projections"] is False
+    assert cli.run(["info", "--like", "270M"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[3:-2]}
+    assert list(rows) == list(KINDS)
+    assert rows["uniform"].split()[1:8] == ["270,380,288", "-0.42%", "1.823", "-0.20%", "16", "2,880", "16,384"]
+    assert "12 to 20      768 to 5,120" in rows["layer-wise"] and "20 to 12      5,120 to 768" in rows["reversed"]
+
+
+def test_a_kind_without_a_twin_is_a_row_of_the_table_and_an_error_by_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--like", "270M", "--within", "1e-9"]
+    found = {twin["kind"]: twin for twin in figures(capsys, *words)["twins"]}
+    assert found["layer-wise"]["is_within"] and not found["no-qk-norm"]["is_within"]
+    gains = 16 * 2 * 64
+    assert found["no-qk-norm"]["parameters"] == 271_527_168 - gains
+    assert cli.run(["info", *words]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no-qk-norm")]
+    assert "271,525,120" in row and row.endswith("none is within 1e-07%, this is the nearest")
+    assert cli.run(["info", *words, "--kind", "no-qk-norm"]) == 2
+    error = capsys.readouterr().err
+    assert "no no-qk-norm twin of 271,527,168 parameters is within 1e-07%: the nearest has 271,525,120" in error
+    assert error.count("\n") == 1
+
+
+def test_options_change_the_model_before_its_twin_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--like", "30M", "--kind", "uniform"]
+    plain, large = figures(capsys, *words), figures(capsys, *words, "--vocab-size", "50000")
+    assert large["vocab_size"] == large["recipe"]["vocab_size"] == 50_000
+    assert large["parameters"] - plain["parameters"] == 18_000 * 384
+    short = figures(capsys, *words, "--row-length", "64")
+    assert (short["row_length"], plain["row_length"]) == (64, 2048)
+    assert figures(capsys, *words, "--max-context-length", "4096", "--row-length", "4096")["row_length"] == 4096
+    wide = figures(capsys, "--like", "30M", "--ffn-multipliers", "3", "--kind", "uniform")
+    assert set(wide["ffn_dims"]) == {3 * 384}
+    assert figures(capsys, *words, "--within", "0.5%") == figures(capsys, *words, "--within", "0.005") == plain
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name what is to be drawn: a TARGET as 270M, or --like 270M"),
+        (["270M", "--like", "30M"], "270M is drawn, or --like 30M sought: give one of them"),
+        (["270M", "--kind", "uniform"], "--kind is for twins alone: give --like 270M too"),
+        (["--within", "0.1", "--row-length", "8"], "--within, --row-length is for twins alone: give --like TARGET"),
+        (["--like", "271M"], "'271M' is no named size"),
+        (["--like", "270M", "--kind", "unifrom"], "kind 'unifrom' is not one of layer-wise, uniform"),
+        (["--like", "270M", "--kind", "revers"], "did you mean reversed?"),
+        (["--like", "270M", "--row-length", "0"], "--row-length 0 must be at least 1 and at most the context of 2048"),
+        (["--like", "270M", "--row-length", "4096"], "or give --max-context-length too"),
+        (["--like", "270M", "--within", "-0.1"], "--within -0.1 must be a share of at least 0 and below 1"),
+        (["--like", "270M", "--within", "nan"], "--within nan must be a share"),
+        (["--like", "270M", "--within", "100%"], "--within 1 must be a share"),
+        (["--like", "270M", "--vocab-size", "0"], "vocab_size=0 must be a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_a_twin_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_share_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(["info", "--like", "270M", "--within", "half"])
+    assert stopped.value.code == 2
+    assert "argument --within: invalid share value: 'half'" in capsys.readouterr().err
+
+
+def test_heads_and_widths_are_said_from_the_first_layer_to_the_last() -> None:
+    assert from_to([16, 16]) == "16"
+    assert from_to([768, 1024, 5120]) == "768 to 5,120" and from_to([5120, 768]) == "5,120 to 768"
+    assert from_to([4, 8, 4, 8]) == "4 or 8"

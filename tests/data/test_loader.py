@@ -479,7 +479,7 @@ def test_a_program_that_closes_nothing_ends_all_the_same(
 
 @pytest.mark.slow  # ten thousand rows of each of twenty ways, by real processes: some minutes
 def test_ten_thousand_rows_are_the_same_for_twenty_combinations(stream: Callable[..., TokenStream]) -> None:
-    from openelm.commands.data import row_hashes
+    from openelm.data.row_hashes import row_hashes
 
     steps = -(-10_000 // BATCH)
     plain = stream(40)

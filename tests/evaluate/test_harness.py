@@ -1,6 +1,5 @@
 """Our engine under lm-eval gives what lm-eval's own model for transformers gives, and goes on where it was."""
 
-import json
 import logging
 import random
 import statistics
@@ -24,6 +23,7 @@ from openelm.interop import transformers_folder
 from openelm.model.folder import save_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM
+from small_tasks import instances, words_task, write_words
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
@@ -37,12 +37,6 @@ REAL = [
     ("winogrande", 0),
     ("crows_pairs_english", 0),
 ]
-
-
-def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
 
 
 def transformers_lm(folder: Path, **options: Any) -> Any:
@@ -90,35 +84,9 @@ def theirs(folder) -> Any:
 
 @pytest.fixture
 def task(tmp_path) -> Callable[..., dict[str, Any]]:
-    """A task of twelve questions with four answers each, as lm-eval's evaluate takes it."""
-    from lm_eval.api.task import ConfigurableTask
-
-    draw = random.Random(6)
-    words = ["night", "water", "paper", "river", "garden", "mountain", "letter", "window", "summer", "table", "country"]
-    rows = [
-        {"question": f"What {a} is the {b}?", "choices": draw.sample(words, 4), "answer": draw.randrange(4)}
-        for a, b in (draw.sample(words, 2) for _ in range(12))
-    ]
-    file = tmp_path / "test.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def make(**changes: Any) -> dict[str, Any]:
-        config = {
-            "task": "words",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")},
-            "test_split": "test",
-            "fewshot_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "Question: {{question}}\nAnswer:",
-            "doc_to_target": "answer",
-            "doc_to_choice": "choices",
-            "metadata": {"version": 2.0},
-            **changes,
-        }
-        return {"tasks": {"words": ConfigurableTask(config=config)}, "groups": {}, "group_map": {}}
-
-    return make
+    """``task(doc_to_text=…)``: twelve questions with four answers each, as lm-eval's evaluate takes them."""
+    file = write_words(tmp_path)
+    return lambda **changes: words_task(file, **changes)
 
 
 SPEC = Spec("words", "acc", 0, "Words")

@@ -15,11 +15,12 @@ from openelm.infer.torch_decoder import TorchSlots
 from openelm.infer.writing import StopFilter
 from openelm.model.folder import find_model_folder, save_model
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
+from openelm.model.transformer import OpenELM
+from small_models import SCALED, make_varied
 
 # fp32 with sums in another order: logits of a few units differ in the sixth digit.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
-CONTEXT = 64
+CONTEXT = SCALED["max_context_length"]
 TEXT = "def add(first, second):\n    return first + second  # naïve — 100 % tested\n\nclass Sum:\n    total = 0\n"
 
 
@@ -30,24 +31,8 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> OpenELM:
-    # Every layer with its own heads and widths; the embedding wider than the vocabulary, as in the paper's training.
-    config = ModelConfig(
-        model_dim=64,
-        num_transformer_layers=3,
-        head_dim=16,
-        num_gqa_groups=2,
-        ffn_dim_divisor=16,
-        vocab_size=352,
-        max_context_length=CONTEXT,
-    )
-    model = OpenELM(config)
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        # Random weights are all but indifferent; larger ones write varied texts and make wrong positions show.
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter *= 2
-    return model.eval()
+    # The embedding is wider than the vocabulary, as in the paper's training.
+    return make_varied(vocab_size=352)
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,63 @@ def test_a_prompt_at_once_is_the_same_as_token_by_token(folder, isa, bits):
 @built
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_pieces_that_a_prompt_comes_in_change_no_bit(folder, isa, bits):
+    model = NativeModel.load(folder, bits=bits, isa=isa, threads=2)
+    # In the larger model beyond the 264 tokens that go through the layers together.
+    ids = random_ids(model.config, min(model.config.max_context_length, 311))
+    prompt, last = ids[:-1], ids[-1:]
+    for cut in ([1, 2, 3, 5, 7], [4, 16, 1], [1] * (len(prompt) - 1)):
+        slots = model.slots(2, len(ids))
+        whole = after(slots, 0, prompt)
+        for piece in prompt.split([*cut, len(prompt) - sum(cut)]):
+            in_pieces = after(slots, 1, piece)
+        assert torch.equal(in_pieces, whole), cut
+        # A token behind it reads all keys and values that were kept.
+        behind = slots.decode([0, 1], torch.cat((last, last)))
+        assert torch.equal(behind[0], behind[1]), cut
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_tokens_that_are_verified_have_the_bits_of_decoding(folder, isa, bits):
+    model = NativeModel.load(folder, bits=bits, isa=isa, threads=2)
+    ids = random_ids(model.config)
+    # Of more than four, AVX-512 makes the activations bf16 where weights are; no row of the odd model has 4 bits.
+    in_bf16 = bits is None or (bits == 4 and model.config.model_dim == ODD["model_dim"])
+    most = 4 if isa == "avx512" and in_bf16 else 16
+    for begun in (0, 1, 16, 21):
+        one_by_one = model.slots(1, 64)
+        if begun:
+            one_by_one.prefill([0], [ids[:begun]])
+        wanted = torch.cat([one_by_one.decode([0], ids[t : t + 1]).clone() for t in range(begun, begun + most + 1)])
+        for count in range(1, most + 1):
+            slots = model.slots(1, 64)
+            if begun:
+                slots.prefill([0], [ids[:begun]])
+            verified = slots.verify(0, ids[begun : begun + count])
+            assert torch.equal(verified, wanted[:count]), (begun, count)
+            behind = slots.decode([0], ids[begun + count : begun + count + 1])
+            assert torch.equal(behind[0], wanted[count]), (begun, count)
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [8, 4])
+def test_with_rounded_weights_a_text_that_was_written_has_the_bits_of_one_that_is_read(uneven, isa, bits):
+    model = NativeModel.load(uneven, bits=bits, isa=isa, threads=2)
+    ids = random_ids(model.config)
+    read, written = model.slots(1, 64), model.slots(1, 64)
+    logits = after(read, 0, ids)
+    for t in range(len(ids)):
+        last = written.decode([0], ids[t : t + 1])[0].clone()
+    assert torch.equal(last, logits)
+    assert torch.equal(written.decode([0], [5]), read.decode([0], [5]))
+
+
+@built
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_slots_that_advance_together_are_each_as_if_alone(folder, isa, bits):
     model = NativeModel.load(folder, bits=bits, isa=isa, threads=2)
     most = 30

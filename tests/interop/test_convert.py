@@ -66,6 +66,36 @@ def test_other_geometries_follow_from_the_shapes(changes):
     assert found.max_context_length == 64
 
 
+@pytest.fixture
+def with_layer_norm(tmp_path, golden_weights, tokenizer_file) -> Path:
+    model = make(golden_weights, normalization_layer_name="layer_norm")
+    return save_model(model, tmp_path / "other", tokenizer=Tokenizer.load(tokenizer_file))
+
+
+@pytest.mark.parametrize("name", ["mlx", "gguf", "ollama", "corenet"])
+def test_layer_norm_is_refused_where_rms_norm_would_be_computed_in_its_place(with_layer_norm, tmp_path, capsys, name):
+    before = sorted(tmp_path.iterdir())
+    assert run(with_layer_norm, tmp_path / "out", "--to", name) == 2
+    said = rf"other has normalization_layer_name='layer_norm', and engines that read {name} compute .* --to hf"
+    assert re.search(said, capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_it_is_not_quantised_either(with_layer_norm, tmp_path, text_folder, capsys, method):
+    words = ["--bits", "4", "--group-size", "32", "--method", method, "--evaluate", str(text_folder), "--tokens", "256"]
+    words += ["--calibration", str(text_folder)] * (method == "gptq")
+    assert cli.run(["quantize", str(with_layer_norm), str(tmp_path / "out"), *words]) == 2
+    assert "other has normalization_layer_name='layer_norm'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_for_transformers_it_comes_through_to_the_bit(with_layer_norm, tmp_path):
+    pytest.importorskip("transformers")
+    assert run(with_layer_norm, tmp_path / "out", "--to", "hf", "--verify") == 0
+    same_bits(with_layer_norm, tmp_path / "out")
+
+
 @pytest.mark.parametrize("lacking", ["token_embeddings.weight", "layers.1.attn.out_proj.weight"])
 def test_shapes_that_are_no_openelm_are_refused_by_name(lacking):
     shapes = dict(tensor_shapes(ModelConfig(**UNEVEN)))

@@ -183,6 +183,7 @@ def test_standard_names_lead_to_ours(folder):
     [
         (dict(activation_fn_name="gelu"), "activation_fn_name='gelu' is not built"),
         (dict(ffn_with_glu=False), "ffn_with_glu=False is not built"),
+        (dict(normalization_layer_name="batch_norm"), "'batch_norm' is not built: .* 'rms_norm' or 'layer_norm'"),
         (dict(num_query_heads=[2, 4]), "num_query_heads has 2 values for 3 layers"),
         (dict(num_query_heads=[2, 4, 4], num_kv_heads=[1, 3, 2]), "layer 1: 4 query heads cannot share 3"),
         (dict(ffn_multipliers=[1.0, 2.0, 3.0, 4.0]), "4 multipliers for 3 layers"),
@@ -228,12 +229,22 @@ def test_logits_are_corenets(tmp_path, golden, golden_weights, golden_tiny):
     torch.testing.assert_close(logits, golden_tiny["logits"], rtol=0, atol=2e-5)
 
 
-def test_without_norms_of_queries_and_keys(tmp_path):
-    model = make(normalize_qk_projections=False)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(normalize_qk_projections=False), dict(normalization_layer_name="layer_norm")],
+    ids=["no query and key norms", "LayerNorm"],
+)
+def test_other_norms_are_computed_as_ours_are(tmp_path, changes, dtype):
+    dtype, bound = DTYPES[dtype]
+    model = make(**changes).to(dtype)
     ids = random_ids(2, 20)
     with torch.no_grad():
-        logits = load(save_model(model, tmp_path / "model"))(ids).logits
-        torch.testing.assert_close(logits, model(ids), **CLOSE)
+        theirs = load(save_model(model, tmp_path / "model"), dtype=dtype)
+        torch.testing.assert_close(theirs(ids).logits, model(ids), **bound)
+        short = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        cached, uncached = (theirs.generate(ids, use_cache=used, **short) for used in (True, False))
+        assert dtype == torch.bfloat16 or torch.equal(cached, uncached)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -223,13 +223,26 @@ def test_a_config_that_cannot_be_read_is_explained(saved, text, said):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation_fn_name": "gelu"}, {"ffn_with_glu": False}, {"normalization_layer_name": "layer_norm"}],
+    [{"activation_fn_name": "gelu"}, {"ffn_with_glu": False}, {"normalization_layer_name": "batch_norm"}],
     ids=str,
 )
 def test_an_architecture_that_is_not_ours_is_refused_rather_than_computed_wrongly(saved, changes):
     set_config(saved, **changes)
     with pytest.raises(UserError, match=r"config\.json.*" + next(iter(changes))):
         load_model(saved)
+
+
+def test_layer_norm_has_tensors_of_the_same_names_and_config_json_tells_it(tmp_path, saved):
+    model = make(normalization_layer_name="layer_norm")
+    folder = save_model(model, tmp_path / "other")
+    assert load_file(folder / "model.safetensors").keys() == load_file(saved / "model.safetensors").keys()
+    assert json.loads((folder / "config.json").read_text())["normalization_layer_name"] == "layer_norm"
+    back, ids = load_model(folder), torch.arange(12)[None]
+    assert back.config == model.config and same_bits(back, model)
+    assert back.config.num_parameters() == make().config.num_parameters() == sum(p.numel() for p in back.parameters())
+    with torch.no_grad():
+        assert torch.equal(back(ids), model(ids))
+        assert (back(ids) - load_model(saved)(ids)).abs().max() > 1e-3
 
 
 def test_a_folder_is_overwritten_only_when_told_to(tmp_path, saved):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from openelm.model.cache import Cache
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, attend, init_weights
+from openelm.model.transformer import LayerNorm, OpenELM, RMSNorm, attend, init_weights
 
 # fp32 with sums in another order: logits of a few units differ in the sixth digit.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -91,6 +92,28 @@ def test_a_cache_changes_no_logit_however_the_row_is_cut(model):
                 cache.length += part.shape[1]
                 parts.append(hidden @ model.output_weight.T)
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+
+
+def test_layer_norm_stands_wherever_a_norm_does(model):
+    other = OpenELM(ModelConfig(**SMALL, max_context_length=32, normalization_layer_name="layer_norm"))
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 4 * 3 + 1  # two in each layer, of queries, of keys; and the last
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(torch.linspace(0.5, 1.5, len(norm.weight)))
+    other.load_state_dict(model.state_dict())
+    for norm in norms:
+        norm.forward = lambda x, gain=norm.weight: F.layer_norm(x, gain.shape, gain, eps=1e-6)
+    tokens = random_tokens(2, 17)
+    found, expected = (m(tokens[:, :-1], tokens[:, 1:]) for m in (other, model))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(other(tokens), model(tokens), **CLOSE)
+    found.backward()
+    expected.backward()
+    theirs = gradients(model)
+    for name, gradient in gradients(other).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4)
+    assert all(isinstance(module, LayerNorm) for module in other.modules() if isinstance(module, RMSNorm))
 
 
 def test_later_tokens_change_nothing_earlier(model):

@@ -14,12 +14,11 @@ from openelm.data.chat import CHAT_TEMPLATE
 from openelm.data.tokenizer import Tokenizer
 from openelm.infer.engine import Engine
 from openelm.model.folder import save_model
-from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import OpenELM, init_weights
 from openelm.serve.server import bind, make_server, url
 from openelm.serve.service import Service
 from openelm.serve.settings import Settings
 from openelm.serve.template import ChatTemplate
+from small_models import make_varied
 
 CONTEXT = 128
 
@@ -27,24 +26,10 @@ CONTEXT = 128
 @pytest.fixture(scope="session")
 def served_folder(tmp_path_factory, tokenizer_file) -> Path:
     """A model folder with a chat template: three layers, no two alike, and a wider embedding than vocabulary."""
-    config = ModelConfig(
-        model_dim=64,
-        num_transformer_layers=3,
-        head_dim=16,
-        num_gqa_groups=2,
-        ffn_dim_divisor=16,
-        vocab_size=416,
-        max_context_length=CONTEXT,
-    )
-    model = OpenELM(config)
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter *= 2  # random weights are all but indifferent; larger ones write varied texts
+    model = make_varied(vocab_size=416, max_context_length=CONTEXT)
     tokenizer = Tokenizer.load(tokenizer_file)
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_model(model.eval(), folder, tokenizer=tokenizer, dtype=torch.float32)
+    save_model(model, folder, tokenizer=tokenizer, dtype=torch.float32)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 

@@ -1,22 +1,19 @@
 """lm-eval over HTTP gives the numbers of lm-eval on our engine."""
 
-import json
 import logging
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from openelm.evaluate.harness import EngineLM, measure
 from openelm.evaluate.suites import Spec
+from small_tasks import WORDS, instances, words_task, write_words
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 pytest.importorskip("tenacity", reason="lm-eval's client needs lm-eval[api]")
-
-WORDS = ["night", "water", "paper", "river", "garden", "mountain", "letter", "window", "summer", "table", "country"]
 
 
 @pytest.fixture(scope="module")
@@ -42,37 +39,6 @@ def over_http(served, served_folder) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def ours(engine) -> Any:
     return EngineLM(engine)
-
-
-def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
-
-
-def task(folder: Path) -> dict[str, Any]:
-    from lm_eval.api.task import ConfigurableTask
-
-    draw = random.Random(6)
-    rows = [
-        {"question": f"What {a} is the {b}?", "choices": draw.sample(WORDS, 4), "answer": draw.randrange(4)}
-        for a, b in (draw.sample(WORDS, 2) for _ in range(12))
-    ]
-    file = folder / "test.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "task": "words",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "fewshot_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "answer",
-        "doc_to_choice": "choices",
-        "metadata": {"version": 2.0},
-    }
-    return {"tasks": {"words": ConfigurableTask(config=config)}, "groups": {}, "group_map": {}}
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"num_concurrent": 3}], ids=str)
@@ -126,7 +92,7 @@ def test_generated_texts_are_the_same(over_http, ours):
 
 
 def test_a_task_has_the_same_result(over_http, ours, tmp_path):
-    tasks = task(tmp_path)
+    tasks = words_task(write_words(tmp_path))
     found, expected = (
         measure(lm, tasks, Spec("words", "acc", 2, "")).metrics for lm in (over_http(batch_size=8), ours)
     )

@@ -2,15 +2,10 @@
 
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +19,7 @@ from openelm.evaluate.suites import Spec
 from openelm.recipe import Layer, combine
 from openelm.study import sweep as study
 from openelm.study.ranking import Aim, Ranking, read
-from openelm.study.sweep import PAPER_GRID, Sweep, begin, gather, parse_grid, settings, start_process
+from openelm.study.sweep import PAPER_GRID, Sweep, begin, gather, parse_grid, settings
 from small_tasks import write_tasks
 
 AIM = Aim({"ARC-e": Spec("arc_easy", "acc_norm", 0, "ARC-e"), "PIQA": Spec("piqa", "acc", 0, "PIQA")}, How())
@@ -376,71 +371,6 @@ def test_what_has_no_average_or_a_bad_one_is_refused(monkeypatch):
     with pytest.raises(UserError, match="wikitext is measured by word_perplexity, of which less is better"):
         Aim.of(None, "wikitext", How())
     assert list(Aim.of("zero-shot", None, How()).columns)[:2] == ["ARC-c", "ARC-e"]
-
-
-# Processes
-
-
-def python(tmp_path: Path, code: str) -> list[str]:
-    file = tmp_path / "program.py"
-    file.write_text(code)
-    return [sys.executable, str(file)]
-
-
-def test_a_command_is_run_to_its_end_with_its_words_in_the_log(tmp_path):
-    log = tmp_path / "log"
-    assert start_process(["--version"], log) == 0
-    assert start_process(["pretrain", "no such recipe"], log) == 2
-    first, second, *rest = log.read_text().splitlines()
-    assert first == "$ openelm --version" and re.fullmatch(r"openelm \d+\..*", second)
-    assert rest[0] == "$ openelm pretrain 'no such recipe'" and rest[1].startswith("openelm pretrain: error: recipe")
-    killed = python(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert start_process([], log, killed) == 128 + 9
-
-
-WAITING = """
-import signal, sys, time
-came = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(number, lambda number, _: came.append(number))
-print("ready", flush=True)
-while not came:
-    time.sleep(0.01)
-time.sleep(0.2)
-print(*(signal.Signals(number).name for number in came), flush=True)
-sys.exit(int(sys.argv[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of a POSIX system")
-@pytest.mark.parametrize(("name", "left", "code"), [("SIGTERM", 75, 75), ("SIGINT", 130, 130), ("SIGUSR1", 0, 75)])
-def test_a_signal_is_passed_on_once_and_the_sweep_stops_with_the_commands_code(tmp_path, request, name, left, code):
-    log, number = tmp_path / "log", getattr(signal, name)
-    # Tests that were started in the background ignore SIGINT, and a sweep then does, too.
-    request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
-    before = signal.getsignal(number)
-
-    def send() -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and "ready" not in (log.read_text() if log.is_file() else ""):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    with pytest.raises(Stopped, match=f"{name}: stopped, see {log}: give the same") as stopped:
-        start_process([str(left)], log, python(tmp_path, WAITING))
-    sender.join()
-    assert stopped.value.code == code
-    assert log.read_text().splitlines()[-1] == name
-    assert signal.getsignal(number) is before
-
-
-@pytest.mark.parametrize("code", [75, 130])
-def test_a_command_that_was_itself_stopped_stops_the_sweep(tmp_path, code):
-    with pytest.raises(Stopped) as stopped:
-        start_process([], tmp_path / "log", python(tmp_path, f"raise SystemExit({code})"))
-    assert stopped.value.code == code
 
 
 # The command

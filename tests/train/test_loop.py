@@ -12,6 +12,8 @@ from openelm.config import RunConfig, resolve
 from openelm.data.loader import Step
 from openelm.data.packing import IGNORE, Batch
 from openelm.errors import UserError
+from openelm.interop import transformers_folder
+from openelm.model.folder import load_model
 from openelm.model.geometry import ModelConfig
 from openelm.model.transformer import OpenELM, init_weights
 from openelm.train import loop
@@ -262,3 +264,15 @@ def test_training_learns(recipe, tmp_path):
     assert losses[-1] < 4.5
     scores = [entry["bits_per_byte"] for entry in metrics if entry["kind"] == "validation"]
     assert scores[-1] < 0.8 * scores[0]
+
+
+def test_so_it_does_with_layer_norm_and_transformers_opens_what_it_made(recipe, tmp_path):
+    run = tmp_path / "run"
+    metrics, _ = run_recipe(recipe, run, model={"normalization_layer_name": "layer_norm"}, train={"steps": 40})
+    assert [entry["loss"] for entry in metrics if entry["kind"] == "train"][-1] < 4.5
+    ours, ids = load_model(run / "model"), torch.arange(30)[None]
+    assert ours.config.normalization_layer_name == "layer_norm"
+    pytest.importorskip("transformers")
+    with torch.no_grad():
+        theirs = transformers_folder.logits(run / "model", ids.tolist())
+        torch.testing.assert_close(theirs, ours(ids), rtol=1e-4, atol=1e-4)

@@ -167,6 +167,7 @@ def test_a_models_digest_is_of_all_that_it_computes_with_and_of_nothing_else(mod
         return digest(replace(source, config=source.config.changed(**changes)))
 
     assert of(rope_freq_constant=500_000) != digest(source)
+    assert of(normalization_layer_name="layer_norm") != digest(source)
     assert of(rope_freq_constant=10_000) == of(rope_freq_constant=10_000.0) == digest(source)
     assert of(max_context_length=4096, bos_token_id=5, eos_token_id=6, initializer_range=0.5) == digest(source)
     same = {"qkv_multipliers": source.config.alphas, "ffn_multipliers": source.config.betas}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from openelm.bench.results import BUSY, Result, Row, Summary
-from openelm.bench.tables import as_table, rate
+from openelm.bench.tables import rate
 from openelm.errors import UserError
+from openelm.report.markdown import aligned
 
 SAME, HIGHER, LOWER = "within the noise", "faster", "slower"
 
@@ -25,7 +26,7 @@ def compare(before: Result, after: Result) -> list[str]:
             f"no row is in both: one has {_names(before.rows)}, the other {_names(after.rows)}; measure the same again"
         )
     table = [line for key in common for line in _lines(first[key], second[key])]
-    lines = as_table(["What", "Rate", "Before", "After", "Ratio", "Change"], table)
+    lines = aligned(["What", "Rate", "Before", "After", "Ratio", "Change"], table)
     for what, rows in (
         ("before", [k for k in first if k not in second]),
         ("after", [k for k in second if k not in first]),

@@ -16,6 +16,7 @@ from openelm.bench.needs import LIBRARY_BYTES, Need
 from openelm.bench.results import Row
 from openelm.bench.rounds import Entry, Plan, measure
 from openelm.errors import UserError
+from openelm.interop.transformers_folder import MODELING_FILE
 
 OURS = "ours"
 OWN_WEIGHTS = ("bf16", "8bit", "8row", "4bit")
@@ -148,9 +149,7 @@ def bench_peers(
     with workspace(keep, sizes) as folder:
         made = Models(folder, group_size, say)
         entries = [filled(peer, model, made, say) for peer in peers]
-        # transformers copies the code of folders that it opens into a cache of its own.
-        home = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-        entries = [replace(entry, environment={**entry.environment, **home}) for entry in entries]
+        entries = [replace(entry, environment={**entry.environment, "HF_HUB_OFFLINE": "1"}) for entry in entries]
         return measure(entries, plan, roof(machine), say)
 
 
@@ -189,7 +188,7 @@ def ours(model: Model, weights: str, plan: Plan, machine: Machine, group_size: i
 
 
 def transformers(model: Model, name: str, plan: Plan, machine: Machine) -> Wanted:
-    """Our export, opened with the code that it brings along."""
+    """Our export, opened with the package's own model code: no code in a folder is run."""
     dtype = "float32" if needs_fp32(machine.device) else "bfloat16"
     compiled = name == "transformers-compiled"
     size = stored_bytes(model, "bf16", 64)
@@ -197,7 +196,8 @@ def transformers(model: Model, name: str, plan: Plan, machine: Machine) -> Wante
     entry = Entry(
         f"{name} {'bf16' if dtype == 'bfloat16' else 'fp32'}",
         ENGINES[name][0],
-        {"device": machine.device, "threads": machine.threads, "dtype": dtype, "compile": compiled},
+        {"code": str(MODELING_FILE), "device": machine.device, "threads": machine.threads}
+        | {"dtype": dtype, "compile": compiled},
         model.config.vocab_size,
         need(model, held, "transformers_peer", plan, compiled=compiled),
         _about(name, model, "bf16", 16),

@@ -7,6 +7,7 @@ from typing import Any
 
 from openelm.bench.published import HARDWARE, PROMPT_TOKENS, TOKENS, Published, rows_of
 from openelm.bench.results import Result, Row, Summary, busy_note, summary
+from openelm.report.markdown import aligned
 
 NOTHING = "-"
 PROMPT, GENERATION, TOTAL = "prompt_tokens_per_s", "generation_tokens_per_s", "total_tokens_per_s"
@@ -34,7 +35,7 @@ def profile_lines(row: Row) -> list[str]:
     title = f"\nTime by operation, {row.name}:"
     if "why" in found:
         return [f"{title} {found['why']}."]
-    return [f"{title}\n", *as_table(["Operation", "Share"], [[name, f"{share:.1%}"] for name, share in found.items()])]
+    return [f"{title}\n", *aligned(["Operation", "Share"], [[name, f"{share:.1%}"] for name, share in found.items()])]
 
 
 def header(result: Result) -> list[str]:
@@ -99,7 +100,7 @@ def _table(
         for name, cells in own.items()
         if name in PAPER_LAYOUT or any(cells)
     }
-    return as_table(list(kept), list(zip(*kept.values(), strict=True)))
+    return aligned(list(kept), list(zip(*kept.values(), strict=True)))
 
 
 def paper_rows(result: Result) -> list[Published]:
@@ -280,22 +281,7 @@ def plain_table(result: Result) -> list[str]:
         for row in result.rows
         for name, found in row.speeds().items()
     ]
-    return as_table(["What", "Rate", "Median (range)", "Spread"], table)
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown whose columns stand under each other in a terminal too."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    left = [column == 0 for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (f"{c:<{w}}" if is_left else f"{c:>{w}}" for c, w, is_left in zip(cells, widths, left, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    rule = (
-        "|" + "|".join("-" * (w + 1) + ("-" if is_left else ":") for w, is_left in zip(widths, left, strict=True)) + "|"
-    )
-    return [line(head), rule, *map(line, rows)]
+    return aligned(["What", "Rate", "Median (range)", "Spread"], table)
 
 
 def chart(result: Result) -> bytes:

@@ -26,25 +26,23 @@ def add_arguments(kinds: Any) -> None:
     """The three parsers."""
     generate = kinds.add_parser("generate", help="tokens per second of our engine (Table 7)", epilog=GENERATE_EXAMPLE)
     generate.add_argument("models", nargs="*", metavar="MODEL", help="model or run folders")
-    generate.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="random weights (default: 270M)")
-    generate.add_argument(
+    _add_list(generate, "--sizes", metavar="SIZE", help="random weights (default: 270M)")
+    _add_list(
+        generate,
         "--weights",
-        nargs="+",
-        default=[],
         choices=WEIGHTS,
         metavar="NAME",
         help=f"of {', '.join(WEIGHTS)}; 8row: 8 bits with a scale a row (default: bf16, or as a folder has them)",
     )
-    generate.add_argument("--backend", nargs="+", default=["auto"], choices=BACKENDS, help="of ours (default: auto)")
+    _add_list(generate, "--backend", choices=BACKENDS, help="of ours (default: auto)")
     generate.add_argument("--profile", action="store_true", help="also time per operation")
     peers = kinds.add_parser("peers", help="ours beside other engines and the paper's baselines", epilog=PEERS_EXAMPLE)
     peers.add_argument("--size", default="270M", help="of the OpenELM that all engines run (default: 270M)")
     peers.add_argument("--model", metavar="MODEL", help="a model folder in its place")
-    peers.add_argument("--peers", nargs="+", default=["engines"], metavar="NAME", help="names; engines, baselines, all")
-    peers.add_argument(
+    _add_list(peers, "--peers", metavar="NAME", help="names; engines (the default), baselines, all")
+    _add_list(
+        peers,
         "--environment",
-        nargs="+",
-        default=[],
         metavar="PEER=PYTHON",
         help="the Python of a peer that lives in an environment of its own",
     )
@@ -54,10 +52,15 @@ def add_arguments(kinds: Any) -> None:
     for kind in (generate, peers, norms):
         _add_common(kind)
     for kind in (generate, peers):
-        kind.add_argument("--context", type=int, nargs="+", default=[], metavar="N", help="decode behind N tokens")
-        kind.add_argument("--prefill", type=int, nargs="+", default=[], metavar="N", help="read prompts of N tokens")
+        _add_list(kind, "--context", type=int, metavar="N", help="decode behind N tokens")
+        _add_list(kind, "--prefill", type=int, metavar="N", help="read prompts of N tokens")
         kind.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of 4bit and 8bit")
-    generate.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="texts at once (default: 1)")
+    _add_list(generate, "--batch", type=int, metavar="B", help="texts at once (default: 1)")
+
+
+def _add_list(parser: argparse.ArgumentParser, option: str, **more: Any) -> None:
+    """An option of several values, in one place or each behind the option again."""
+    parser.add_argument(option, nargs="+", action="extend", default=[], **more)
 
 
 def _add_common(kind: argparse.ArgumentParser) -> None:
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> Result:
     machine = Machine(*_machine(args))
     contexts, prefills = getattr(args, "context", []), getattr(args, "prefill", [])
     plan = Plan(
-        cases(args.prompt, args.tokens, contexts, prefills, getattr(args, "batch", [1]), args.quick),
+        cases(args.prompt, args.tokens, contexts, prefills, getattr(args, "batch", []) or [1], args.quick),
         args.repeats,
         machine.threads,
         quick=args.quick,
@@ -133,7 +136,7 @@ def _generate(args: argparse.Namespace, plan: Plan, machine: Any) -> Any:
     rows, roof = bench_generate(
         models,
         args.weights,
-        args.backend,
+        args.backend or ["auto"],
         plan,
         machine,
         group_size=args.group_size,
@@ -151,7 +154,7 @@ def _peers(args: argparse.Namespace, plan: Plan, machine: Any) -> Any:
     (model,) = find_models([args.model] if args.model else [], [] if args.model else [args.size], longest)
     rows, roof = bench_peers(
         model,
-        args.peers,
+        args.peers or ["engines"],
         environments(args.environment),
         plan,
         machine,

@@ -1,4 +1,4 @@
-"""openelm info: a geometry drawn layer by layer, and what it costs."""
+"""openelm info: a geometry drawn layer by layer, and what it costs; or its twins, spread over the layers otherwise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openelm.commands import info_twins
 from openelm.commands.generate import check_address, checked_kind
 from openelm.errors import UserError
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from openelm.config import RunConfig
     from openelm.model.geometry import ModelConfig
 
-HELP = "Draw the layers of a model, and count its parameters, FLOPs and bytes; or say what an adapter is."
+HELP = (
+    "Draw the layers of a model or of its twin, and count its parameters, FLOPs and bytes; or say what an adapter is."
+)
 EXAMPLE = "openelm info 1.1B --vocab-size 32128"
+TWIN_EXAMPLE = "openelm info --like 270M --kind uniform"
 
 BAR_WIDTH = 24
 # mlx-lm's layout: each group of 64 weights has a 16 bit scale and a 16 bit bias.
@@ -34,10 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``openelm info``."""
     parser.add_argument(
         "target",
+        nargs="?",
         metavar="TARGET",
         help="a named size (270M), a folder of a model, a run or an adapter, a GGUF or .pt file, a recipe, or a Hub "
         "id; ./270M is a folder so named",
     )
+    info_twins.add_arguments(parser)
     parser.add_argument("--vocab-size", type=int, metavar="N", help="another vocabulary")
     parser.add_argument("--max-context-length", type=int, metavar="N", help="another context length")
     parser.add_argument(
@@ -48,18 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the geometry, draw it, count it; of an adapter by itself, which has none, say what it is."""
-    tuning = tuning_of(Path(args.target))
+    """Find the geometry, draw it, count it; or its twins. Of an adapter by itself, which has none, say what it is."""
+    info_twins.check_arguments(args)
+    tuning = {} if args.target is None else tuning_of(Path(args.target))
     if tuning and tuning["adapter"] and not _has_geometry(Path(args.target)):
         print(json.dumps({"name": args.target, **tuning}) if args.json else draw_adapter(args.target, tuning))
         return 0
-    name, config = find_geometry(args.target)
+    name, config = find_geometry(args.like if args.target is None else args.target)
     options = ("vocab_size", "max_context_length", "qkv_multipliers", "ffn_multipliers")
     changes = {option: getattr(args, option) for option in options if getattr(args, option) is not None}
     if changes:
         config = config.changed(**changes)
-    figures = {**describe(name, config), **tuning}
-    print(json.dumps(figures, indent=1) if args.json else draw(figures))
+    if args.like is None:
+        figures = {**describe(name, config), **tuning}
+        text = draw(figures)
+    elif args.kind is None:
+        figures = info_twins.table(name, config, *info_twins.bounds(args, config))
+        text = info_twins.draw_table(figures)
+    else:
+        twin, of_twin = info_twins.one(name, config, args.kind, *info_twins.bounds(args, config))
+        figures = {**describe(f"{args.kind} twin of {name}", twin), **of_twin}
+        text = f"{draw(figures)}\n\n{info_twins.draw_one(figures)}"
+    print(json.dumps(figures, indent=1) if args.json else text)
     return 0
 
 

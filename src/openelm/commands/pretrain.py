@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         live=runs.live(config),
     )
-    return runs.close(summary, folder, as_json=args.json)
+    return runs.close(summary, folder, as_json=args.json, draw=not args.no_report)
 
 
 def _steps_that_fit(config: RunConfig, minutes: float) -> int:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume-step", type=int, metavar="STEP", help="go on from this checkpoint (an older one)")
     parser.add_argument("--overwrite", action="store_true", help="delete a run folder that is there, and start anew")
+    parser.add_argument("--no-report", action="store_true", help="draw none at the end; `openelm report` does it later")
 
 
 def tune(config: TuneConfig, args: argparse.Namespace) -> int:
@@ -45,7 +46,7 @@ def tune(config: TuneConfig, args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         live=live(config),
     )
-    return close(summary, place, as_json=args.json)
+    return close(summary, place, as_json=args.json, draw=not args.no_report)
 
 
 def show(plan: dict[str, Any], *, as_json: bool) -> int:
@@ -97,7 +98,7 @@ def live(config: RunConfig | TuneConfig) -> Live | None:
     return live(config)
 
 
-def close(summary: dict[str, Any], folder: Path, *, as_json: bool) -> int:
+def close(summary: dict[str, Any], folder: Path, *, as_json: bool, draw: bool) -> int:
     """Draw the report and say how it went, on rank 0, which alone has a summary."""
     from openelm.errors import UserError
 
@@ -106,7 +107,7 @@ def close(summary: dict[str, Any], folder: Path, *, as_json: bool) -> int:
     try:
         from openelm.commands.report import write_page
 
-        report = str(write_page(folder))
+        report = str(write_page(folder)) if draw else f"not drawn: `openelm report {folder}` does it"
     except UserError as error:
         report = f"not drawn: {error}"
     if as_json:

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, or say how; then show the table. 1 where a point has failed."""
     from openelm.study import sweep as study
+    from openelm.study.processes import say
     from openelm.study.ranking import Ranking
 
     if args.commands and args.json:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.commands:
         outcomes = study.gather(sweep)
         left = [one.point for one in outcomes if one.average is None]
-        study.say(f"{len(left):,} of {len(outcomes):,} points are left; what is done: {sweep.out / 'table.md'}")
+        say(f"{len(left):,} of {len(outcomes):,} points are left; what is done: {sweep.out / 'table.md'}")
         for point in left:
             print(sweep.commands(point))
         return 0

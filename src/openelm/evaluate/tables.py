@@ -16,6 +16,7 @@ from openelm.errors import UserError
 from openelm.evaluate import suites
 from openelm.evaluate.results import Evaluation, How, TaskResult
 from openelm.evaluate.suites import Spec
+from openelm.report.markdown import aligned
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 TOLERANCE = 0.01  # percentage points: what rounding the values and rounding their average can add up to
@@ -256,10 +257,8 @@ def _markdown(layout: Table, lines: Sequence[Sequence[_Cell]], notes: Sequence[s
         inner = _escape_markdown(cell.text)
         return (f"**{inner}**" if cell.own else inner) + (f"<sup>{cell.note}</sup>" if cell.note else "")
 
-    body = [[_escape_markdown(title) for title in layout.head], *([text(cell) for cell in line] for line in lines)]
-    widths = [max(len(row[index]) for row in body) for index in range(len(layout.head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    written = [_aligned(row, widths, "| ", " | ", " |") for row in [body[0], rule, *body[1:]]]
+    head = [_escape_markdown(title) for title in layout.head]
+    written = aligned(head, [[text(cell) for cell in line] for line in lines])
     numbered = [f"<sup>{number}</sup> {_escape_markdown(note)}" for number, note in enumerate(notes, 1)]
     title = f"{layout.title} (Table {layout.name} of the paper)"
     return "\n\n".join([title, "\n".join(written), *numbered, *map(_escape_markdown, below)]) + "\n"
@@ -273,7 +272,8 @@ def _latex(layout: Table, lines: Sequence[Sequence[_Cell]], notes: Sequence[str]
 
     body = [[_escape_latex(title) for title in layout.head], *([text(cell) for cell in line] for line in lines)]
     widths = [max(len(row[index]) for row in body) for index in range(len(layout.head))]
-    written = [_aligned(row, widths, "", " & ", r" \\") for row in body]
+    # The source's columns stand under each other too.
+    written = [" & ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + r" \\" for row in body]
     numbered = [rf"\textsuperscript{{{number}}} {_escape_latex(note)}" for number, note in enumerate(notes, 1)]
     return "\n".join(
         [
@@ -289,15 +289,6 @@ def _latex(layout: Table, lines: Sequence[Sequence[_Cell]], notes: Sequence[str]
             "",
         ]
     )
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int], start: str, between: str, end: str) -> str:
-    """One line of source, its columns under each other: the first to the left, numbers to the right."""
-    first, *rest = (
-        text.ljust(width) if index == 0 else text.rjust(width)
-        for index, (text, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return start + between.join([first, *rest]) + end
 
 
 def _escape_markdown(text: str) -> str:

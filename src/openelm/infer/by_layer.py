@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openelm.model.functional import rms_norm
 from openelm.model.geometry import ModelConfig
-from openelm.model.transformer import Block, rope_table
+from openelm.model.transformer import NORMS, Block, RMSNorm, rope_table
 
 BATCH_TOKENS = 2**12  # that are computed at a time
 
@@ -36,6 +35,14 @@ def open_block(config: ModelConfig, layer: int, read: Read) -> Block:
     return block.eval().requires_grad_(False)
 
 
+def open_norm(config: ModelConfig, read: Read) -> RMSNorm:
+    """The norm behind the last layer."""
+    with torch.device("meta"):
+        norm = NORMS[config.normalization_layer_name](config.model_dim)
+    norm.load_state_dict({"weight": read("norm.weight").float()}, assign=True)
+    return norm.eval().requires_grad_(False)
+
+
 def run_block(config: ModelConfig, block: Block, x_BTD: Tensor) -> Tensor:
     """What a layer makes of rows that begin at position 0."""
     positions_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
@@ -54,8 +61,8 @@ def final_states(
         for number, x_BTD in enumerate(states):
             states[number] = run_block(config, block, x_BTD)
         done()
-    gain = read("norm.weight").float()
-    return [rms_norm(x_BTD, gain) for x_BTD in states]
+    norm = open_norm(config, read)
+    return [norm(x_BTD) for x_BTD in states]
 
 
 def output_name(config: ModelConfig) -> str:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import UserError
-from openelm.infer.by_layer import Read, embed, final_states, in_batches, open_block, output_name, run_block
-from openelm.model.functional import rms_norm
+from openelm.infer.by_layer import Read, embed, final_states, in_batches, open_block, open_norm, output_name, run_block
 from openelm.model.geometry import ModelConfig
 from openelm.model.quantize import SMALLEST_SCALE, Quantized, dequantize, fits, pack, quantize
 from openelm.model.transformer import Block
@@ -81,8 +80,8 @@ def calibrate(
             states[number] = run_block(config, block, x_BTD)
         done()
     if output != table:
-        gain = read("norm.weight").float()
-        add(output, _second_moment([rms_norm(x_BTD, gain) for x_BTD in states]))
+        norm = open_norm(config, read)
+        add(output, _second_moment([norm(x_BTD) for x_BTD in states]))
     return found
 
 

@@ -80,12 +80,12 @@ class Engine:
             raise UserError(
                 f"the native backend computes in bfloat16 on the CPU; {asked}{', compiled,' * compile} is for torch"
             )
-        if backend == "native" or (backend == "auto" and fits and native.available()):
+        config, stored = load_config(folder)
+        if backend == "native" or (backend == "auto" and fits and native.available() and native.computes(config)):
             return cls(native.NativeModel.load(folder, threads=threads), words)
         if threads is not None:
             torch.set_num_threads(threads)
-        if dtype is None:
-            dtype = native_dtype(load_config(folder)[1], device)
+        dtype = native_dtype(stored, device) if dtype is None else dtype
         return cls(TorchDecoder(load_model(folder, dtype=dtype, device=device), compile=compile), words)
 
     @property

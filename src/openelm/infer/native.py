@@ -56,6 +56,20 @@ def available() -> bool:
     return True
 
 
+def computes(config: ModelConfig) -> bool:
+    """Whether the decoder, where it is built, computes such a model; where it does not, the reason is printed, once."""
+    if reason := _not_computed(config):
+        _say_once(reason)
+    return not reason
+
+
+def _not_computed(config: ModelConfig) -> str:
+    norm = config.normalization_layer_name
+    if norm == "rms_norm":
+        return ""
+    return f"normalization_layer_name={norm!r}: the CPU decoder computes 'rms_norm' only; go on with torch"
+
+
 @cache
 def _say_once(message: str) -> None:
     print(message, file=sys.stderr)
@@ -183,6 +197,8 @@ class NativeModel:
         extension = _required()
         folder = find_model_folder(Path(folder))
         config = load_config(folder)[0]
+        if reason := _not_computed(config):
+            raise UserError(f"{folder}: {reason}")
         isa = isa or os.environ.get("OPENELM_ISA") or kernels()[0]
         if isa not in kernels():
             raise UserError(f"isa {isa!r} is not one of those of this CPU: {', '.join(kernels())}")

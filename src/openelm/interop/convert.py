@@ -96,6 +96,7 @@ def convert(
             f"{destination} is the source, of which {form.quantize or form.dtype} keeps less: choose another name"
         )
     remove_drafts(destination.parent, escape(destination.name), of_the_dead=True)
+    check_norm(source, name)
     chosen.check(source, form)
     source = within_range(source, form)
     if chosen.is_file:
@@ -106,6 +107,16 @@ def convert(
         with whole_folder(destination, overwrite=overwrite) as draft:
             chosen.write(draft, source, form)
             check(draft)
+
+
+def check_norm(source: Source, name: str) -> None:
+    """UserError where the model has a norm that engines of the format ``name`` would take for another."""
+    norm = source.config.normalization_layer_name
+    if norm != "rms_norm" and name != "hf":
+        raise UserError(
+            f"{source.origin} has normalization_layer_name={norm!r}, and engines that read {name} compute 'rms_norm' "
+            "whatever a model has: keep the model as it is, or use --to hf"
+        )
 
 
 def check_destination(path: Path, *, is_file: bool, overwrite: bool) -> None:

@@ -40,7 +40,7 @@ NORM_EPS = 1e-6
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 # Choices that the published folders spell out, and that are not open here.
-BUILT = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
+BUILT = {"ffn_with_glu": True, "activation_fn_name": "swish"}
 
 Multipliers = float | Sequence[float]
 
@@ -144,6 +144,9 @@ class OpenELMConfig(PretrainedConfig):
         for name, only in BUILT.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not built: OpenELM models have {only!r}")
+        if self.normalization_layer_name not in NORMS:
+            norm, known = self.normalization_layer_name, " or ".join(map(repr, NORMS))
+            raise ValueError(f"normalization_layer_name={norm!r} is not built: OpenELM models have {known}")
         layers = self.num_transformer_layers
         for name in ("num_query_heads", "num_kv_heads"):
             if len(getattr(self, name)) != layers:
@@ -195,6 +198,17 @@ class OpenELMRMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
+class OpenELMLayerNorm(OpenELMRMSNorm):
+    """The same without the mean: no released model has it, one trained for comparison may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return super().forward((wide - wide.mean(dim=-1, keepdim=True)).to(x.dtype))
+
+
+NORMS = {"rms_norm": OpenELMRMSNorm, "layer_norm": OpenELMLayerNorm}
+
+
 def rope_table(positions_BT: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines for each position, in fp32 whatever the weights are in: each (B, 1, T, R)."""
     exponents_R = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
@@ -242,8 +256,9 @@ class OpenELMAttention(nn.Module):
         self.query_heads, self.kv_heads = config.num_query_heads[layer_idx], config.num_kv_heads[layer_idx]
         self.num_key_value_groups = self.query_heads // self.kv_heads
         self.qkv_proj = nn.Linear(config.model_dim, (self.query_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.q_norm = OpenELMRMSNorm(self.head_dim) if config.normalize_qk_projections else nn.Identity()
-        self.k_norm = OpenELMRMSNorm(self.head_dim) if config.normalize_qk_projections else nn.Identity()
+        norm = NORMS[config.normalization_layer_name]
+        self.q_norm = norm(self.head_dim) if config.normalize_qk_projections else nn.Identity()
+        self.k_norm = norm(self.head_dim) if config.normalize_qk_projections else nn.Identity()
         self.out_proj = nn.Linear(self.query_heads * self.head_dim, config.model_dim, bias=False)
 
     def forward(
@@ -287,9 +302,10 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attn_norm = OpenELMRMSNorm(config.model_dim)
+        norm = NORMS[config.normalization_layer_name]
+        self.attn_norm = norm(config.model_dim)
         self.attn = OpenELMAttention(config, layer_idx)
-        self.ffn_norm = OpenELMRMSNorm(config.model_dim)
+        self.ffn_norm = norm(config.model_dim)
         self.ffn = OpenELMFeedForward(config.model_dim, config.ffn_dims[layer_idx])
 
     def forward(self, x_BTD: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -325,7 +341,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         super().__init__(config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(OpenELMDecoderLayer(config, i) for i in range(config.num_transformer_layers))
-        self.norm = OpenELMRMSNorm(config.model_dim)
+        self.norm = NORMS[config.normalization_layer_name](config.model_dim)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -21,6 +21,11 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return result
 
 
+def layer_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """``rms_norm`` of ``x`` without its mean, which is taken in fp32: LayerNorm with a gain and no bias."""
+    return rms_norm((x - x.mean(dim=-1, keepdim=True, dtype=torch.float32)).to(x.dtype), gain)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on the two halves of the last dimension, computed in fp32; the tables hold one half (…, K / 2)."""
     result: Tensor = _Rotate.apply(x, cos, sin)

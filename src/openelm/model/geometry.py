@@ -23,8 +23,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # Choices that the published folders spell out, and that are not open here.
-FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
-
+FIXED = {"ffn_with_glu": True, "activation_fn_name": "swish"}
+NORMS = ("rms_norm", "layer_norm")  # the paper's, and one to compare it with
 
 MOST_LAYERS = 1000  # a damaged or hostile file may ask for any number
 
@@ -114,6 +114,11 @@ class ModelConfig:
         for name, only in FIXED.items():
             if getattr(self, name) != only:
                 problems.append(f"{name}={getattr(self, name)!r} is not built: it must be {only!r}")
+        if self.normalization_layer_name not in NORMS:
+            problems.append(
+                f"normalization_layer_name={self.normalization_layer_name!r} is not built: it must be one of "
+                f"{', '.join(NORMS)}"
+            )
         for name in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openelm.model.cache import Cache
-from openelm.model.functional import rms_norm, rotate, swiglu
+from openelm.model.functional import layer_norm, rms_norm, rotate, swiglu
 from openelm.model.geometry import ModelConfig
 from openelm.model.loss import fused_cross_entropy, target_log_probs
 
@@ -30,6 +30,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight)
+
+
+class LayerNorm(RMSNorm):
+    """The same without the mean: for comparison, with as many parameters under the same names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight)
+
+
+NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}  # as a geometry names them
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -58,14 +68,16 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised queries and keys."""
+    """Causal grouped-query attention; queries and keys are normalised by ``qk_norm``, where there is one."""
 
-    def __init__(self, model_dim: int, query_heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+    def __init__(
+        self, model_dim: int, query_heads: int, kv_heads: int, head_dim: int, qk_norm: type[RMSNorm] | None
+    ) -> None:
         super().__init__()
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
         self.qkv_proj = nn.Linear(model_dim, (query_heads + 2 * kv_heads) * head_dim, bias=False)
-        self.q_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.q_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
         self.out_proj = nn.Linear(query_heads * head_dim, model_dim, bias=False)
 
     def forward(
@@ -101,17 +113,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        norm = NORMS[config.normalization_layer_name]
         self.layer = layer
         self.checkpointing: Checkpointing = "none"
-        self.attn_norm = RMSNorm(config.model_dim)
+        self.attn_norm = norm(config.model_dim)
         self.attn = Attention(
             config.model_dim,
             config.num_query_heads[layer],
             config.num_kv_heads[layer],
             config.head_dim,
-            config.normalize_qk_projections,
+            norm if config.normalize_qk_projections else None,
         )
-        self.ffn_norm = RMSNorm(config.model_dim)
+        self.ffn_norm = norm(config.model_dim)
         self.ffn = FeedForward(config.model_dim, config.ffn_dims[layer])
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
@@ -139,7 +152,7 @@ class OpenELM(nn.Module):
         self.config = config
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_transformer_layers))
-        self.norm = RMSNorm(config.model_dim)
+        self.norm = NORMS[config.normalization_layer_name](config.model_dim)
         if not config.share_input_output_layers:
             self.classifier = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         # Does to another blank model what has been done to this one since (adapters built in), for those who make one

@@ -81,7 +81,7 @@ def draw_curve(curve: Curve, theme: Theme) -> bytes:
         axes.set_ylim(bottom=0)
     _draw_references(axes, curve.references, theme)
     _label_along(axes, curve.x_label, theme)
-    return _png(figure, theme)
+    return as_png(figure, theme)
 
 
 def draw_lines(title: str, lines: Sequence[Line], x_label: str, theme: Theme, level: float | None = None) -> bytes:
@@ -98,7 +98,7 @@ def draw_lines(title: str, lines: Sequence[Line], x_label: str, theme: Theme, le
         loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=len(lines), fontsize=8.5, frameon=False,
         labelcolor=theme.muted, handlelength=1.2, columnspacing=1.2, borderaxespad=0.2,
     )  # fmt: skip
-    return _png(figure, theme)
+    return as_png(figure, theme)
 
 
 def _draw_line(
@@ -168,7 +168,7 @@ def draw_bars(title: str, values: Mapping[str, float], own: Sequence[str], theme
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", labelcolor=theme.ink)
-    return _png(figure, theme)
+    return as_png(figure, theme)
 
 
 def draw_layers(
@@ -199,7 +199,7 @@ def draw_layers(
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("layer, input to output", color=theme.muted)
-    return _png(figure, theme)
+    return as_png(figure, theme)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -255,13 +255,26 @@ def _data_uri(png: bytes) -> str:
 
 
 def _axes(size: tuple[float, float], theme: Theme, title: str) -> tuple[Any, Any]:
-    """Return a figure and its axes: title at the left, quiet grid, no box."""
+    """Return a figure and its only panel."""
+    figure = blank(size, theme)
+    return figure, panel(figure, theme, title)
+
+
+def blank(size: tuple[float, float], theme: Theme) -> Any:
+    """A figure without panels, so many inches wide and high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor=theme.card, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=theme.card)
+    return figure
+
+
+def panel(
+    figure: Any, theme: Theme, title: str, place: tuple[int, int, int] = (1, 1, 1), share_y: Any | None = None
+) -> Any:
+    """Axes at a place (rows, columns, which from 1) of a figure: title at the left, quiet grid, no box."""
+    axes = figure.add_subplot(*place, facecolor=theme.card, sharey=share_y)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=theme.ink, pad=9)
     axes.grid(axis="y", color=theme.line, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -270,10 +283,11 @@ def _axes(size: tuple[float, float], theme: Theme, title: str) -> tuple[Any, Any
         spine.set_color(theme.line)
     axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=5)
     axes.xaxis.label.set_fontsize(8.5)
-    return figure, axes
+    return axes
 
 
-def _png(figure: Any, theme: Theme) -> bytes:
+def as_png(figure: Any, theme: Theme) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     # No software name in the file, so that the same run gives the same bytes.
     figure.savefig(buffer, format="png", facecolor=theme.card, metadata={"Software": None})

@@ -14,6 +14,7 @@ from openelm.errors import UserError
 from openelm.evaluate import suites, tasks
 from openelm.evaluate.results import Evaluation, How
 from openelm.evaluate.suites import Spec
+from openelm.report.markdown import aligned
 from openelm.report.run_files import number, read_run
 
 LESS_IS_BETTER = ("perplexity", "bits_per_byte")
@@ -182,7 +183,7 @@ class Ranking:
         figures = [title for title in self._figure_titles() if self._tells(title)]
         keys = list(dict.fromkeys(key for row in self.rows for key in row.point.values))
         head = ["", *keys, "loss", *figures, *self.aim.columns, "average"]
-        body = [head, ["--:"] * len(head)]
+        body = []
         for place, row in enumerate(self.rows, 1):
             values = [_value(row.point.values[key]) for key in keys]
             held_out = [_figure(row.figures.get(title)) for title in figures]
@@ -191,11 +192,9 @@ class Ranking:
             if row is self.best:
                 cells = [f"**{cell}**" for cell in cells]
             body.append([str(place) if row.average else "-", *cells])
-        escaped = [[cell.replace("|", "\\|") for cell in line] for line in body]
-        widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-        escaped[1] = ["-" * (width - 1) + ":" for width in (max(2, width) for width in widths)]
-        lines = [" | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in escaped]
-        return "\n\n".join(["\n".join(f"| {line} |" for line in lines), *self._notes()]) + "\n"
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in [head, *body]]
+        lines = aligned(escaped[0], escaped[1:], left=0)
+        return "\n\n".join(["\n".join(lines), *self._notes()]) + "\n"
 
     def _figure_titles(self) -> list[str]:
         return list(dict.fromkeys(title for row in self.rows for title in row.figures))

@@ -5,31 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openelm.errors import STOPPED, Stopped, UserError
-from openelm.files import disk_errors_named, remove_folder, write_bytes, write_json
+from openelm.errors import UserError
+from openelm.files import remove_folder, write_bytes, write_json
 from openelm.recipe import Layer, combine, read_layers
+from openelm.study.processes import last_lines, say, start_process
 from openelm.study.ranking import Aim, Outcome, Point, Ranking, read
 
 # Appendix B of the paper.
 PAPER_GRID = {"train.lr": (2e-5, 3e-5, 5e-5, 8e-5, 1e-4), "train.epochs": (3, 5, 8, 10)}
-PROGRAM = (sys.executable, "-m", "openelm")
-INTERRUPTED = 130
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-SHOWN_LINES = 5  # of the log of what failed
 LONGEST_NAME = 80  # of a point: others put more behind it in names of files
 
 Grid = Mapping[str, tuple[Any, ...]]
@@ -238,11 +230,6 @@ def _refuse_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
 # The runs
 
 
-def say(line: str) -> None:
-    """One line on standard error."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def gather(sweep: Sweep) -> list[Outcome]:
     """What is done by now, written down as results.json and table.md."""
     outcomes = [read(point, sweep.aim) for point in sweep.points()]
@@ -277,7 +264,7 @@ def _bring_about(sweep: Sweep, outcome: Outcome, start: Start) -> Outcome:
     for what, words in [*steps, ("evaluation", sweep.evaluation(point))]:
         before = point.log.stat().st_size if point.log.is_file() else 0
         if code := start(words, point.log):
-            return replace(read(point, sweep.aim), failure=f"{what} left with {code}{_last_lines(point.log, before)}")
+            return replace(read(point, sweep.aim), failure=f"{what} left with {code}{last_lines(point.log, before)}")
     done = read(point, sweep.aim)
     if done.average is None:
         missing = ", ".join(title for title in sweep.aim.columns if title not in done.scores)
@@ -285,63 +272,7 @@ def _bring_about(sweep: Sweep, outcome: Outcome, start: Start) -> Outcome:
     return done
 
 
-def _last_lines(log: Path, begin: int) -> str:
-    """The end of what a command has said, from its beginning at a byte of the log; each line behind a line feed."""
-    said = log.read_bytes()[begin:].decode("utf-8", "replace") if log.is_file() else ""
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-    return "".join(f"\n{line}" for line in lines[-SHOWN_LINES:])
-
-
 def _write(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     ranking = Ranking(outcomes, sweep.aim)
     write_json(sweep.out / "results.json", ranking.as_plain())
     write_bytes(sweep.out / "table.md", ranking.table().encode("utf-8"))
-
-
-def start_process(words: Sequence[str], log: Path, program: Sequence[str] = PROGRAM) -> int:
-    """Run a command to its end, its words behind the log; its exit code, over 128 where a signal killed it.
-
-    A signal to this process is passed on, so that a run writes its checkpoint. Raises Stopped, with the command's
-    code, where one came, or where the command itself was stopped.
-    """
-    came: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _: object) -> None:
-        came.append(number)
-        if child is not None and os.name != "nt":  # on Windows, the console tells both
-            child.send_signal(number)
-
-    with disk_errors_named(log), _listening(pass_on), log.open("ab") as output:
-        output.write(f"$ {shlex.join(['openelm', *words])}\n".encode())
-        output.flush()
-        # In a session of its own: Ctrl-C in a terminal would reach the child twice, once from here.
-        child = subprocess.Popen(
-            [*program, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        if came:
-            child.send_signal(came[0])
-        code = child.wait()
-    code = 128 - code if code < 0 else code
-    if came or code in (STOPPED, INTERRUPTED):
-        why = f"{signal.Signals(came[0]).name}: " if came else ""
-        raise Stopped(f"{why}stopped, see {log}: give the same command again to go on there", code or STOPPED)
-    return code
-
-
-@contextmanager
-def _listening(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Have signals handled, but those that this process was told to ignore (by nohup, say)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other may listen
-        return
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    heard = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
-    for number in heard:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in heard.items():
-            signal.signal(number, signal.SIG_DFL if old is None else old)

@@ -42,6 +42,7 @@ HASHING_THREADS = 4
 GEOMETRY = (
     *("model_dim", "num_transformer_layers", "head_dim", "num_query_heads", "num_kv_heads", "ffn_dims"),
     *("vocab_size", "rope_freq_constant", "normalize_qk_projections", "share_input_output_layers"),
+    "normalization_layer_name",
 )
 
 

@@ -148,7 +148,7 @@ def _differences(run: Path, config: RunConfig | TuneConfig) -> list[str]:
             f"{path} cannot be read ({error}): put it back as it was, or start anew with --overwrite"
         ) from error
     before.pop("geometry", None)
-    old, new = _flat(before), _flat(as_plain(config))
+    old, new = flat(before), flat(as_plain(config))
     differing = {
         key: f"{key} was {old.get(key, _default(config, key))!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -201,10 +201,11 @@ def as_plain(config: RunConfig | TuneConfig) -> dict[str, Any]:
     return plain
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as plain values by dotted keys."""
     if not isinstance(data, dict):
         return {prefix.removesuffix("."): data}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
+        found |= flat(value, f"{prefix}{key}.")
+    return found

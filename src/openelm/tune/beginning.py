@@ -90,7 +90,7 @@ def open_all(config: TuneConfig, own_tokenizer: Path | None) -> Opened:
 GEOMETRY = (
     *("model_dim", "num_transformer_layers", "head_dim", "num_gqa_groups", "num_query_heads", "num_kv_heads"),
     *("ffn_dims", "vocab_size", "rope_freq_constant", "normalize_qk_projections", "share_input_output_layers"),
-    *FIXED,
+    *("normalization_layer_name", *FIXED),
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,10 @@ def imports() -> None:
 
 
 def load(specification: dict[str, Any]) -> Transformers:
-    """``folder``, or else ``architecture`` and ``config`` of a baseline; ``compile`` for a static, compiled cache."""
+    """``folder`` and ``code``, or else ``architecture`` and ``config`` of a baseline.
+
+    ``code`` is the file of our transformers model; ``compile`` is for a static, compiled cache.
+    """
     import torch
     import transformers
 
@@ -26,8 +31,8 @@ def load(specification: dict[str, Any]) -> Transformers:
     # The keyword has changed its name; both are understood for long.
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     if folder := specification.get("folder"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **{key: dtype})
-        model = model.to(device)
+        register(specification["code"])
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **{key: dtype}).to(device)
     else:
         config = getattr(transformers, specification["architecture"])(**specification["config"])
         with torch.device(device):
@@ -44,6 +49,22 @@ def load(specification: dict[str, Any]) -> Transformers:
     if specification.get("norm"):
         replace_norms(model, specification["norm"])
     return Transformers(model.eval(), specification)
+
+
+def register(file: str) -> None:
+    """Make the Auto classes know OpenELM by our own file, given by its path: this Python need not have our package.
+
+    So the copy that lies in an exported folder, and that anyone may have changed, is not run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    spec = importlib.util.spec_from_file_location("modeling_openelm", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where transformers looks for the file of a class
+    spec.loader.exec_module(module)
+    AutoConfig.register("openelm", module.OpenELMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(module.OpenELMConfig, module.OpenELMForCausalLM, exist_ok=True)
 
 
 class Transformers:
@@ -109,8 +130,6 @@ class Transformers:
 
     def peak_memory_bytes(self) -> int:
         """The device's, where there is one, else the process's."""
-        import sys
-
         import torch
 
         if self._on_cuda:
