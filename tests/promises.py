@@ -20,6 +20,7 @@ from openelm.evaluate import suites, tasks
 from openelm.interop.convert import open_source
 from openelm.interop.gguf import open_gguf
 from openelm.model.folder import load_model
+from openelm.study.ablation import load_ablation
 from openelm.study.sweep import PAPER_GRID, parse_grid, settings
 from openelm.tuning_config import load_tuning
 
@@ -193,6 +194,17 @@ def swept(done: Done) -> None:
         assert all(change in line for change in settings(dict(zip(grid, point, strict=True)))), line
 
 
+def ablated(done: Done) -> None:
+    """A row for each kind of each size, or the runs by which each kind finds its rate, which come first."""
+    ablation = load_ablation(done.given.recipe, done.given.overrides)
+    if done.given.commands:
+        runs = [re.search(r"--run \S+/(\S+) ", line)[1] for line in done.out.splitlines()]
+        assert runs == [trial.name for trial in ablation.tuning()]
+        return
+    rows = re.findall(r"^\| (\S+) +\| ([\w, -]+?) +\| +[\d,]+ \|", done.out, re.MULTILINE)
+    assert rows == list(dict.fromkeys((trial.size, trial.label) for trial in ablation.final(ablation.untuned())))
+
+
 def averaged(done: Done) -> None:
     folder, steps = re.fullmatch(r"(\S+): the mean of the checkpoints of steps ([\d, ]+)\n", done.out).groups()
     assert len(steps.split(",")) == done.given.last
@@ -252,6 +264,7 @@ def listed(done: Done) -> None:
 
 
 PROMISES: dict[str, Callable[[Done], None]] = {
+    "ablate": ablated,
     "average": averaged,
     "bench": measured,
     "chat": talked,

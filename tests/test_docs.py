@@ -288,7 +288,7 @@ def understood(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def check_names(name: str, given: argparse.Namespace) -> None:
     """The recipe, its overrides, the suite and the tasks that a command names are there, as it is written."""
-    if getattr(given, "recipe", None) and name != "sweep":  # which makes every config itself
+    if getattr(given, "recipe", None) and name not in ("ablate", "sweep"):  # which make every config themselves
         (load_tuning if name in ("finetune", "dpo") else load_recipe)(given.recipe, given.overrides)
     if getattr(given, "suite", None):
         assert suites.suite(given.suite)

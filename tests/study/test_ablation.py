@@ -119,6 +119,19 @@ def test_the_packaged_recipes_have_twins_of_equal_cost(recipe):
     assert smallest == [*KINDS, "layer-wise, unfiltered"]
 
 
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    ablation = load_ablation(str(tmp_path / "mine.yaml"), [])
+    packaged = load_ablation("ablation", [])
+    assert ablation.model("0.6M") == packaged.model("0.6M") and ablation.kinds("0.6M") == packaged.kinds("0.6M")
+    parameters = ablation.model("2M").num_parameters()
+    assert round(parameters / 1e6) == 2 and ablation.steps("2M") * 8 * 256 == pytest.approx(20 * parameters, rel=1e-3)
+    # The sizes that the base has are compared too: sections are laid over each other.
+    assert list(ablation.bases) == ["0.6M", "1.4M", "2M"] and len(ablation.tuning()) == 4 * len(KINDS)
+
+
 def test_a_plan_counts_runs_flops_and_hours(ablation_recipe):
     ablation = load_ablation(ablation_recipe(), [])
     plan = planned(ablation, "h200", 0.5)

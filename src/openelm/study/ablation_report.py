@@ -198,6 +198,7 @@ def _cells(kind: str, about: Record, entry: Record, known: Figures, results: Rec
     else:
         difference, reach = _difference(known, results["reference"]), str(known.reach or NOTHING)
     own = known.bits_per_byte
+    engine = f", {speed['engine']}" if speed.get("engine") else ""
     around = f" ± {own.half:.4f}" if own and own.half is not None else ""
     return [
         _off(about.get("parameters"), about.get("parameters_off")),
@@ -207,7 +208,7 @@ def _cells(kind: str, about: Record, entry: Record, known: Figures, results: Rec
         f"{own.mean:.4f}{around} ({own.count})" if own else NOTHING,
         difference,
         reach,
-        f"{speed['tokens_per_s']:,.0f} ({speed['least']:,.0f} to {speed['most']:,.0f})" if speed else NOTHING,
+        f"{speed['tokens_per_s']:,.0f} ({speed['least']:,.0f} to {speed['most']:,.0f}{engine})" if speed else NOTHING,
     ]
 
 
