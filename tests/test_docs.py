@@ -54,6 +54,9 @@ NOT_RUN = {
     "--environment llama.cpp=$L": "needs a Python with llama-cpp-python",
     "openelm bench generate --sizes 1.1B --weights bf16 8row 4bit --group-size 32 --one-at-a-time --quick "
     "--repeats 3": "makes a model of 2 GB",
+    "openelm bench generate --sizes 270M --weights bf16 8row 4bit --group-size 32 --context 64 1024 --prefill 512 "
+    "--repeats 3": "takes minutes, and a context of 1,088 tokens",
+    "openelm bench norms --size 270M --quick --repeats 3": "takes minutes",
     "openelm bench peers --peers baselines": "29 GB of models",
 }
 # Options of other programs that sentences name.

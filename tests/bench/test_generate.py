@@ -275,3 +275,13 @@ def test_the_longer_commands_of_the_page_can_be_asked_for() -> None:
     importlib.import_module("openelm.commands.bench").add_arguments(parser)
     for command in [*commands, bench_speed.GENERATE_EXAMPLE, bench_speed.PEERS_EXAMPLE, bench_speed.NORMS_EXAMPLE]:
         parser.parse_args(shlex.split(command.removeprefix("openelm "))[1:])
+
+
+def test_an_option_of_several_values_may_be_given_again() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module("openelm.commands.bench").add_arguments(parser)
+    words = "peers --environment a=1 b=2 --environment c=3 --peers ours --peers llama.cpp --context 64"
+    given = parser.parse_args(words.split())
+    assert (given.environment, given.peers, given.context) == (["a=1", "b=2", "c=3"], ["ours", "llama.cpp"], [64])
+    again = parser.parse_args(["peers"])
+    assert (again.environment, again.peers, again.context) == ([], [], [])

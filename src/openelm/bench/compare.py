@@ -26,7 +26,8 @@ def compare(before: Result, after: Result) -> list[str]:
             f"no row is in both: one has {_names(before.rows)}, the other {_names(after.rows)}; measure the same again"
         )
     table = [line for key in common for line in _lines(first[key], second[key])]
-    lines = aligned(["What", "Rate", "Before", "After", "Ratio", "Change"], table)
+    lines = aligned(["What", "Rate", "Before", "After", "Ratio", "Change"], table) if table else []
+    lines += [f"\n{why}" for key in common if (why := _failure(first[key], second[key]))]
     for what, rows in (
         ("before", [k for k in first if k not in second]),
         ("after", [k for k in second if k not in first]),
@@ -48,8 +49,7 @@ def verdict(before: Summary, after: Summary) -> str:
 def _lines(before: Row, after: Row) -> list[list[str]]:
     name = f"{before.name} {before.case}".strip()
     if before.problem or after.problem:
-        which = "before" if before.problem else "after"
-        return [[name, "", "", "", "", f"failed {which}: {before.problem or after.problem}"]]
+        return []
     lines = []
     rates = after.speeds()
     for metric, was in before.speeds().items():
@@ -58,6 +58,13 @@ def _lines(before: Row, after: Row) -> list[list[str]]:
             ratio = f"{now.median / was.median:.3f}" if was.median else ""
             lines.append([name, metric.replace("_", " "), rate(was), rate(now), ratio, verdict(was, now)])
     return lines
+
+
+def _failure(before: Row, after: Row) -> str:
+    """Of a row that was not measured in both; "" for others."""
+    which = "before" if before.problem else "after"
+    problem = before.problem or after.problem
+    return f"{before.name} {before.case}".strip() + f" failed {which}: {problem}" if problem else ""
 
 
 def as_plain(before: Result, after: Result) -> list[dict[str, Any]]:
