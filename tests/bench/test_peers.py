@@ -214,3 +214,17 @@ def test_a_compiled_peer_is_asked_with_a_cache_that_keeps_its_size(
             found.append(runner.run([[5, 6, 7, 8]], 12, lambda: None))
     assert found[0] == found[1] == found[2] == found[3]
     assert list(runner._caches) == [(1, 24)]
+
+
+def test_layers_with_one_ffn_hold_it_once_and_compute_with_it() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+    model = transformers_peer.with_one_ffn(transformers.LlamaConfig(**sizes))
+    first, *others = [layer.mlp for layer in model.model.layers]
+    assert all(ffn is first for ffn in others) and model.config.intermediate_size == 48
+    attention, norms = 4 * 32 * 32, 2 * 32
+    assert sum(p.numel() for p in model.parameters()) == 2 * 64 * 32 + 32 + 3 * (attention + norms) + 3 * 32 * 48
+    calls = []
+    first.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.tensor([[1, 2, 3]]))
+    assert len(calls) == 3

@@ -39,16 +39,31 @@ def load(specification: dict[str, Any]) -> Transformers:
             before = torch.get_default_dtype()
             torch.set_default_dtype(dtype)
             try:
-                model = transformers.AutoModelForCausalLM.from_config(config)
+                model = (with_one_ffn if specification.get("share_ffn") else from_config)(config)
             finally:
                 torch.set_default_dtype(before)
-    if specification.get("share_ffn"):
-        layers = model.model.layers
-        for layer in layers[1:]:
-            layer.mlp = layers[0].mlp
     if specification.get("norm"):
         replace_norms(model, specification["norm"])
     return Transformers(model.eval(), specification)
+
+
+def from_config(config: Any) -> Any:
+    """Random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)
+
+
+def with_one_ffn(config: Any) -> Any:
+    """The same with one FFN for all layers, and no other ever in memory: they are made with tiny ones of their own."""
+    width = config.intermediate_size
+    config.intermediate_size = 1
+    model = from_config(config)
+    config.intermediate_size = width
+    ffn = type(model.model.layers[0].mlp)(config)
+    for layer in model.model.layers:
+        layer.mlp = ffn
+    return model
 
 
 def register(file: str) -> None:
