@@ -52,12 +52,19 @@ NOT_RUN = {
     # What they do is tested small in tests/bench.
     "openelm bench peers --size 270M --peers ours transformers llama.cpp --group-size 32 --repeats 3 "
     "--environment llama.cpp=$L": "needs a Python with llama-cpp-python",
+    "openelm bench peers --size 270M --peers ours llama.cpp --group-size 32 --repeats 5 --quick "
+    "--environment llama.cpp=$L": "needs a Python with llama-cpp-python",
     "openelm bench generate --sizes 1.1B --weights bf16 8row 4bit --group-size 32 --one-at-a-time --quick "
     "--repeats 3": "makes a model of 2 GB",
     "openelm bench generate --sizes 270M --weights bf16 8row 4bit --group-size 32 --context 64 1024 --prefill 512 "
     "--repeats 3": "takes minutes, and a context of 1,088 tokens",
     "openelm bench norms --size 270M --quick --repeats 3": "takes minutes",
+    "openelm bench generate --sizes 3B --weights bf16 8row 4bit --group-size 32 --one-at-a-time --quick "
+    "--repeats 2": "makes a model of 6 GB",
+    "openelm bench generate --sizes 1.1B": "makes a model of 2 GB",
+    "openelm bench norms": "makes a model of 2 GB",
     "openelm bench peers --peers baselines": "29 GB of models",
+    "openelm bench peers --peers baselines --one-at-a-time --quick --repeats 2": "16 GB of models, one by one",
 }
 # Options of other programs that sentences name.
 FOREIGN = {
