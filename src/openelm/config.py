@@ -223,9 +223,7 @@ def load(form: type[C], recipe: str, overrides: list[str]) -> C:
         if form is RunConfig:
             raise UserError(f"{recipe} tunes a model that is there: run `openelm finetune {recipe}`, or `openelm dpo`")
         raise UserError(f"{recipe} names no model to tune: set model.path, or train one with `openelm pretrain`")
-    for layer in layers:
-        if problems := _problems_of_rows(form, layer.by_size):
-            raise UserError(f"{layer.path}: " + "; ".join(problems))
+    check_rows(form, layers)
     data, if_missing = combine(layers, overrides)
     return resolve(form, data, recipe, if_missing)
 
@@ -252,6 +250,13 @@ def resolve(form: type[C], data: dict[str, Any], origin: str, if_missing: str = 
         if if_missing and any(entry["type"] == "missing" for entry in error.errors()):
             problems.append(if_missing)
         raise UserError(f"{origin}: " + "; ".join(problems)) from None
+
+
+def check_rows(form: type[Section], layers: list[Layer]) -> None:
+    """UserError where the rows by size of a recipe hold what they cannot."""
+    for layer in layers:
+        if problems := _problems_of_rows(form, layer.by_size):
+            raise UserError(f"{layer.path}: " + "; ".join(problems))
 
 
 def _problems_of_rows(form: type[Section], rows: Any) -> list[str]:

@@ -188,10 +188,9 @@ def test_where_no_twin_is_near_the_nearest_is_named_with_its_figures() -> None:
     assert "no llama twin of 271,527,168 parameters is within 1e-07%" in said
     assert f"the nearest has {found.num_parameters():,} (" in said and str(difference(found, MODELS["270M"])) in said
     assert f"FFNs of {found.ffn_dims[0]:,} to" in said and "allow more" in said
-    # One layer of one group has no width of heads but its own, and its FFN is scaled in large steps.
+    # One layer of one group has no width of heads but its own; its FFN is scaled to what is left.
     wide = model.changed(ffn_multipliers=8.0)
-    with pytest.raises(UserError, match=r"no layer-wise twin of .* the nearest has .* with 6 to 6 heads"):
-        twin(wide, "layer-wise")
+    assert twin(wide, "layer-wise").ffn_dims == (768,)
     assert twin(wide, "uniform").ffn_dims == wide.ffn_dims == (768,)
 
 
@@ -240,3 +239,15 @@ def test_any_geometry_has_a_twin_within_the_bound_or_an_error() -> None:
             found_some += 1
             assert off(found, model, model.max_context_length) <= within + 1e-12
     assert found_some > 20 and missed_some > 20
+
+
+@pytest.mark.parametrize("ffn", [0.3, 1.0, 3.9, 8.0])
+def test_ffns_that_scale_are_found_however_wide_the_model_is(ffn: float) -> None:
+    """A scale far from the paper's: what there is to spread is the model's own."""
+    model = ModelConfig(
+        model_dim=256, num_transformer_layers=7, head_dim=16, num_gqa_groups=1, vocab_size=2048,
+        qkv_multipliers=0.75, ffn_multipliers=ffn, ffn_dim_divisor=16,
+    )  # fmt: skip
+    found = twin(model, "ffn", within=0.002)
+    assert list(found.ffn_dims) == sorted(set(found.ffn_dims)) and len(set(found.num_query_heads)) == 1
+    assert abs(found.num_parameters() / model.num_parameters() - 1) <= 0.002

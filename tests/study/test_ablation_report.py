@@ -219,15 +219,15 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
 
 def test_rows_that_differ_are_an_error_in_bold_that_names_them() -> None:
     results = ablation()
-    assert "the first 1,000 rows are the same in the same order for all kinds that are done" in table(results)
-    assert "seed 1 ab1210000000 (4 of 4 kinds)" in table(results)
+    assert "by SHA-256 the first 1,000 rows of their recipes are the same, in the same order: seed 0 " in table(results)
+    assert "seed 1 ab1210000000 (4 of 4 kinds; 1,000,000 targets)" in table(results)
     results["sizes"]["0.6M"]["kinds"]["ffn"]["runs"][1]["rows_sha256"] = "cd34" * 16
     text = table(results)
     assert (
-        "**0.6M, seed 1: the kinds were not trained on the same rows: layer-wise, uniform, reversed on ab1210000000; "
-        "ffn on cd34cd34cd34.**"
+        "**0.6M, seed 1: the kinds were not trained on the same rows: ab1210000000 (1,000,000 targets): layer-wise, "
+        "uniform, reversed; cd34cd34cd34 (1,000,000 targets): ffn.**"
     ) in text
-    assert "seed 1 ab12" not in text.replace("seed 1: ", "") and "seed 0 ab1200000000 (4 of 4 kinds)" in text
+    assert "seed 1 ab12" not in text.replace("seed 1: ", "") and "seed 0 ab1200000000 (4 of 4 kinds; 1,000" in text
 
 
 def test_other_data_may_have_other_rows() -> None:
@@ -255,10 +255,22 @@ def test_twins_out_of_the_bound_are_told(name: str, value: float, told: str) -> 
     assert "**" not in table({**results, "within": 0.03})
 
 
-def test_runs_of_other_lengths_are_told() -> None:
+def test_runs_of_a_seed_that_read_something_else_are_told_and_seeds_may_differ() -> None:
+    """Targets are counted: a few tokens at the seams of pieces are none, and their number depends on the seed."""
     results = ablation()
-    results["sizes"]["0.6M"]["kinds"]["ffn"]["runs"][0]["tokens"] = 900_000
-    assert "**0.6M: the runs have seen different numbers of tokens: 900,000 to 1,000,000.**" in table(results)
+    kinds = results["sizes"]["0.6M"]["kinds"]
+    for about in kinds.values():
+        for run in about["runs"]:
+            run["tokens"] = 1_000_000 + run["seed"]
+            run["counted"] = {"documents": 70 + run["seed"]}
+    assert "**" not in table(
+        results
+    ) and "seed 1 ab1210000000 (4 of 4 kinds; 1,000,001 targets, 71 documents)" in table(results)
+    kinds["ffn"]["runs"][0]["tokens"] = 900_000
+    kinds["ffn"]["runs"][1]["counted"] = {"documents": 70}
+    text = table(results)
+    assert "**0.6M, seed 0: the kinds were not trained on the same rows: " in text and "900,000 targets, 70 doc" in text
+    assert "**0.6M, seed 1: the kinds were not trained on the same rows: " in text
 
 
 def test_what_failed_and_what_is_not_done_is_said() -> None:

@@ -137,3 +137,16 @@ def test_a_signal_reaches_all_that_run(tmp_path, request):
         list(start_processes([Task(["75"], log) for log in logs], 2, program=program))
     sender.join()
     assert [log.read_text().splitlines()[-1] for log in logs] == ["SIGTERM", "SIGTERM"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of a POSIX system")
+def test_a_signal_that_comes_while_none_runs_is_not_lost(tmp_path, request):
+    """The caller may be busy with what a command has left."""
+    request.addfinalizer(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_DFL)))
+    program = python(tmp_path, "")
+    processes = start_processes([Task([name], tmp_path / name) for name in "ab"], program=program)
+    next(processes)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM: stopped: give the same command again"):
+        next(processes)
+    assert not (tmp_path / "b").exists()

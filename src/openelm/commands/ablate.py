@@ -46,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from openelm.report.plots import require_matplotlib
     from openelm.study.ablation import load_ablation
     from openelm.study.ablation_runs import Runs
+    from openelm.train.run_folder import locked
 
     if args.at_once < 1:
         raise UserError(f"--at-once {args.at_once} must be at least 1")
     if args.commands and (args.json or args.dry_run):
         raise UserError("--commands prints commands, --json results, --dry-run a plan: give one of them")
+    if not args.dry_run and (args.mfu is not None or args.gpu != "cpu"):
+        raise UserError("--gpu and --mfu are of --dry-run: training takes what is here")
     ablation = load_ablation(args.recipe, args.overrides)
     if args.dry_run:
         from openelm.study.ablation_plan import planned
@@ -59,26 +62,30 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plan) if args.json else draw_plan(plan))
         return 0
     out = Path(args.out or Path("ablations") / ablation.name)
-    command = shlex.join(["openelm", "ablate", args.recipe, *args.overrides])
-    runs = Runs(ablation, out, command)
+    runs = Runs(ablation, out, shlex.join(["openelm", "ablate", args.recipe, *args.overrides]))
     if not args.commands:
         require_matplotlib()
-    runs.prepare(overwrite=args.overwrite)
-    if args.commands:
-        return print_commands(runs)
+    with locked(out):
+        runs.prepare(overwrite=args.overwrite)
+        return print_commands(runs) if args.commands else train(runs, args.at_once, as_json=args.json)
+
+
+def train(runs: Runs, at_once: int, *, as_json: bool) -> int:
+    """Do all that is left, and show what came of it."""
     from openelm.study.ablation_report import table
     from openelm.study.ablation_results import measure_generation, write
     from openelm.study.processes import say, start_processes
 
     note = partial(write, runs)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.at_once))} if args.at_once > 1 else {}
-    runs.run(partial(start_processes, at_once=args.at_once, environment=threads), partial(note, pictures=False))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+    runs.run(partial(start_processes, at_once=at_once, environment=threads), partial(note, pictures=False))
     measure_generation(runs, start_processes)
     results = note(pictures=True)
-    print(json.dumps(results) if args.json else table(results), end="\n" if args.json else "")
-    for trial in runs.failures:
+    print(json.dumps(results) if as_json else table(results), end="\n" if as_json else "")
+    failed = [trial for trial in [*runs.ablation.tuning(), *runs.ablation.final(runs.factors())] if runs.failure(trial)]
+    for trial in failed:
         say(f"failed: {trial.name}, see {runs.task(trial).log}")
-    return 1 if runs.failures else 0
+    return 1 if failed else 0
 
 
 def print_commands(runs: Runs) -> int:

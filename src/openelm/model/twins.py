@@ -19,6 +19,7 @@ Shape = Literal["scaled", "reversed", "alike"]
 
 ALPHA, BETA = (0.5, 1.0), (0.5, 4.0)  # from the first layer to the last, in all released sizes
 WITHIN = 0.005
+NEAR = 0.002  # steps in which FFN widths that are not alike are scaled
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,33 @@ def _candidates(
 ) -> Iterator[ModelConfig]:
     """Models of that kind about as large, with FFNs in steps of ``divisor``."""
     changes = {**kind.changes, "qkv_multipliers": alphas, "ffn_dim_divisor": divisor}
+
+    def made(multipliers: Multiplier) -> ModelConfig:
+        return model.changed(**changes, ffn_multipliers=multipliers)
+
+    def lacks(multipliers: Multiplier) -> float:
+        """Both differences grow with the widths; nearest is where they cancel, one as much above as the other below."""
+        return -sum(difference(made(multipliers), model, row_length))
+
     if kind.ffn == "alike":
-        # Both differences grow evenly with the width; nearest is where they cancel: one as much above as one below.
-        least, second = (model.changed(**changes, ffn_multipliers=n * divisor / model.model_dim) for n in (1, 2))
-        lacks, less = (-sum(difference(candidate, model, row_length)) for candidate in (least, second))
-        steps = 1 + max(0, int(lacks / (lacks - less)))
+        one, two = (divisor * n / model.model_dim for n in (1, 2))
+        steps = 1 + max(0, int(lacks(one) / (lacks(one) - lacks(two))))
         for width in (steps * divisor, (steps + 1) * divisor):
-            yield model.changed(**changes, ffn_multipliers=width / model.model_dim)
-    else:
-        low, high = BETA if kind.ffn == "scaled" else BETA[::-1]
-        for percent in (100, *range(50, 151)):  # as the paper has it, where it is as near as any
-            scale = percent / 100
-            yield model.changed(**changes, ffn_multipliers=(round(low * scale, 4), round(high * scale, 4)))
+            yield made(width / model.model_dim)
+        return
+
+    low, high = BETA if kind.ffn == "scaled" else BETA[::-1]
+
+    def scaled(scale: float) -> tuple[float, float]:
+        return round(low * scale, 4), round(high * scale, 4)
+
+    least, most = 0.0, 2.0
+    while lacks(scaled(most)) > 0:
+        most *= 2
+    while most - least > NEAR / 10:
+        middle = (least + most) / 2
+        least, most = (middle, most) if lacks(scaled(max(middle, NEAR))) > 0 else (least, middle)
+    # As the paper has it, where that is as near as any; widths grow in steps, so some scales around are tried too.
+    for scale in (1.0, *(most + NEAR * step for step in range(-20, 21))):
+        if scale >= NEAR:
+            yield made(scaled(scale))

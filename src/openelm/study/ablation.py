@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from openelm.config import Int, RunConfig, Section, resolve
+from openelm.config import Int, RunConfig, Section, check_rows, resolve
 from openelm.data.tokenizer import Tokenizer
 from openelm.errors import UserError
 from openelm.model.geometry import SIZES, ModelConfig
@@ -25,12 +26,14 @@ from openelm.model.twins import KINDS, WITHIN, difference, model_section, twin
 from openelm.recipe import Layer, combine, read_layers
 
 MAIN = "layer-wise"
+# Of `data`: what decides which text is held out, and how much a run reads.
+SAME_FOR_ALL = {"held_out", "validation_tokens", "row_length", "shards"}
 
 
 class SizeSection(Section):
     """A size of the model: what it changes in the recipe, and the kinds that are trained at it (default: all)."""
 
-    kinds: tuple[str, ...] | None = None
+    kinds: tuple[str, ...] | None = Field(default=None, min_length=1)
     model: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
 
@@ -58,9 +61,22 @@ class AblationSection(Section):
             for kind in (kind for kind in kinds if kind not in known):
                 near = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)[0]
                 problems.append(f"ablation.{key}: {kind!r} is not one of {', '.join(known)}: did you mean {near}?")
-        for key in ("kinds", "seeds", "lr_factors"):
-            if len(set(getattr(self, key))) < len(getattr(self, key)):
-                problems.append(f"ablation.{key}: {list(getattr(self, key))} names one twice: leave it out")
+        factors = [f"{factor:g}" for factor in self.lr_factors]  # as in names of folders
+        checked: dict[str, Sequence[Any]] = {"kinds": self.kinds, "seeds": self.seeds, "lr_factors": factors}
+        for key, values in checked.items():
+            if len(set(values)) < len(values):
+                problems.append(f"ablation.{key}: {list(values)} names one twice: leave it out")
+        for name in (*self.sizes, *self.on_other_data):
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                problems.append(
+                    f"ablation: {name!r} is to be part of a folder's name: use letters, digits, '.', '_', '-'"
+                )
+        for name, changes in self.on_other_data.items():
+            if fixed := sorted(changes.keys() & SAME_FOR_ALL):
+                problems.append(
+                    f"ablation.on_other_data.{name}: {', '.join(fixed)} must be the same for all: change what is read, "
+                    "how it is filtered or packed"
+                )
         if any(not 0 < factor < math.inf for factor in self.lr_factors):
             problems.append(f"ablation.lr_factors: {list(self.lr_factors)} must be more than 0")
         if self.tuning_seed in self.seeds and len(self.lr_factors) > 1:
@@ -159,10 +175,12 @@ class Ablation:
         section, size = self.section, self.smallest
         if len(section.lr_factors) == 1:
             return []
+        used = {kind for each in self.bases for kind in self.kinds(each)}
         return [
             Trial(size, kind, "", section.tuning_seed, factor, section.tuning_share)
             for factor in section.lr_factors
             for kind in section.kinds
+            if kind in used
         ]
 
     def untuned(self) -> dict[str, float]:
@@ -231,6 +249,7 @@ class Ablation:
 def load_ablation(recipe: str, overrides: Sequence[str]) -> Ablation:
     """An ablation recipe, with overrides as of any recipe, as ``ablation.seeds=[0]``; UserError with what is wrong."""
     layers = read_layers(recipe)
+    check_rows(RunConfig, layers)
     whole, _ = combine(layers, list(overrides))
     if not isinstance(whole.get("ablation"), dict):
         raise UserError(f"{recipe} has no section ablation: `openelm pretrain {recipe}` trains it")
@@ -242,11 +261,31 @@ def load_ablation(recipe: str, overrides: Sequence[str]) -> Ablation:
         named = [f"model.size={name}"] if name.removeprefix("OpenELM-") in SIZES and "size" not in size.model else []
         data, if_missing = combine([*layers, row], [*named, *own])
         data.pop("ablation", None)
-        data.setdefault("train", {}).setdefault("steps", 10**9)  # follows from the tokens that are asked for
-        bases[name] = resolve(RunConfig, data, f"{recipe}, size {name}", if_missing)
+        bases[name] = resolve(
+            RunConfig, _with_steps(data, f"{recipe}, size {name}"), f"{recipe}, size {name}", if_missing
+        )
+    _check_train(recipe, bases, overrides)
     ablation = Ablation(recipe, tuple(overrides), form.name, form.ablation, bases, _vocab_size(recipe, bases))
     ablation.check()
     return ablation
+
+
+def _with_steps(data: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A recipe with any number of steps, which follows from the tokens that are asked for."""
+    train = data.get("train", {})
+    if not isinstance(train, dict):
+        raise UserError(f"{origin}: train={train!r} must hold keys, as train.lr")
+    return {**data, "train": {**train, "steps": 10**9}}
+
+
+def _check_train(recipe: str, bases: dict[str, RunConfig], overrides: Sequence[str]) -> None:
+    if any(change.startswith("train.steps=") for change in overrides):
+        raise UserError("train.steps follows from ablation.tokens_per_parameter, the same for all kinds: set that")
+    if begun := {base.train.init_from for base in bases.values() if base.train.init_from}:
+        raise UserError(
+            f"{recipe}: train.init_from={begun.pop()}: kinds that begin from somebody's weights cannot be compared: "
+            "leave it out"
+        )
 
 
 def _vocab_size(recipe: str, bases: dict[str, RunConfig]) -> int:
@@ -258,9 +297,4 @@ def _vocab_size(recipe: str, bases: dict[str, RunConfig]) -> int:
 
 
 def _tokens_of(base: RunConfig) -> int:
-    if base.train.init_from:
-        raise UserError(
-            f"train.init_from={base.train.init_from}: kinds that begin from somebody's weights cannot be compared: "
-            "leave it out"
-        )
     return Tokenizer.load(base.tokenizer.path).vocab_size if base.tokenizer.path else base.tokenizer.vocab_size

@@ -22,17 +22,17 @@ def planned(ablation: Ablation, gpu: str, mfu: float | None) -> dict[str, Any]:
     dtype = compute_dtype(wanted, torch.device(CPU)) if gpu == CPU else torch.bfloat16
     hardware, given = find_hardware(gpu, dtype), Assumptions(mfu)
     search, final = ablation.tuning(), ablation.final(ablation.untuned())
-    count = Counter((trial.size, trial.kind, trial.label) for trial in final)
-    searching = Counter((trial.size, trial.kind) for trial in search)
+    compared = Counter((trial.size, trial.kind, trial.label) for trial in final)
+    searching = Counter((trial.size, trial.kind, trial.label) for trial in search)
     rows, rule = [], ""
-    for (size, kind, label), runs in count.items():
+    for size, kind, label in sorted({**compared, **searching}, key=lambda key: list(ablation.bases).index(key[0])):
+        runs, shorter = compared[size, kind, label], searching[size, kind, label]
         base, length = ablation.bases[size], ablation.row_length(size)
         work = workload(base, ablation.twins[size, kind], ranks=1, compute_bytes=dtype.itemsize)
         steps = ablation.steps(size)
         hours = plan_training(work, hardware, given)
         rule = hours["mfu_rule"]
-        # Runs of the search are shorter.
-        whole = runs + (searching[size, kind] * ablation.section.tuning_share if label == kind else 0)
+        whole = runs + shorter * ablation.section.tuning_share
         tokens = steps * base.train.global_batch * length
         rows.append(
             {
@@ -40,7 +40,7 @@ def planned(ablation: Ablation, gpu: str, mfu: float | None) -> dict[str, Any]:
                 "label": label,
                 **ablation.about(size, kind),
                 "tokens": tokens,
-                "runs": runs + (searching[size, kind] if label == kind else 0),
+                "runs": runs + shorter,
                 "flops": whole * tokens * hours["flops_per_token"],
                 "hours": whole * tokens / hours["tokens_per_s"] / 3600,
                 "micro_batch_fits": hours["fits"],

@@ -102,32 +102,31 @@ def _checks(results: Record) -> Iterator[str]:
             yield f"**{size}: parameters or FLOPs are further than {within:.2%} off: {', '.join(far)}.**"
         elif off:
             yield f"{size}: parameters and FLOPs are at most {max(off.values()):.2%} off the size's model."
-        seen = {run["tokens"] for about in same_data.values() for run in done(about).values() if run.get("tokens")}
-        if len(seen) > 1:
-            yield f"**{size}: the runs have seen different numbers of tokens: {min(seen):,} to {max(seen):,}.**"
 
 
 def _rows_agree(size: str, kinds: Mapping[str, Record]) -> Iterator[str]:
-    """Of each seed, the SHA-256 of the rows that the kinds were trained on."""
-    agreed, counts = [], set()
+    """Of each seed, what the kinds have read: as they counted it, and the SHA-256 of the rows of their recipes."""
+    agreed: list[str] = []
+    hashed: list[int] = []
     for seed in _seeds(kinds):
-        by_hash: dict[str, list[str]] = {}
+        by_what: dict[tuple[str, str], list[str]] = {}
         for kind, about in kinds.items():
-            for run in about.get("runs") or []:
-                if run["seed"] == seed and run.get("rows_sha256"):
-                    by_hash.setdefault(run["rows_sha256"], []).append(kind)
-                    counts.add(run.get("rows_hashed"))
-        if len(by_hash) > 1:
-            told = "; ".join(f"{', '.join(those)} on {digest[:SHOWN_HASH]}" for digest, those in by_hash.items())
-            yield f"**{size}, seed {seed}: the kinds were not trained on the same rows: {told}.**"
-        elif by_hash:
-            (digest, those), *_ = by_hash.items()
-            agreed.append(f"seed {seed} {digest[:SHOWN_HASH]} ({len(those)} of {len(kinds)} kinds)")
+            run = done(about).get(seed)
+            if run and run.get("rows_sha256"):
+                counted = {"targets": run.get("tokens") or 0, **(run.get("counted") or {})}
+                told = ", ".join(f"{value:,} {key}" for key, value in counted.items() if value is not None)
+                by_what.setdefault((run["rows_sha256"][:SHOWN_HASH], told), []).append(kind)
+                hashed += [run["rows_hashed"]] if run.get("rows_hashed") else []
+        those = [f"{digest} ({told}): {', '.join(names)}" for (digest, told), names in by_what.items()]
+        if len(those) > 1:
+            yield f"**{size}, seed {seed}: the kinds were not trained on the same rows: {'; '.join(those)}.**"
+        for (digest, told), names in list(by_what.items()) if len(those) == 1 else []:
+            agreed.append(f"seed {seed} {digest} ({len(names)} of {len(kinds)} kinds; {told})")
     if agreed:
-        rows = f"the first {min(counts):,} rows" if counts and None not in counts else "the rows"
+        rows = f"the first {min(hashed):,} rows" if hashed else "the rows"
         yield (
-            f"{size}: of each seed, {rows} are the same in the same order for all kinds that are done, by SHA-256: "
-            f"{', '.join(agreed)}."
+            f"{size}: all kinds of a seed have counted the same targets and documents as they trained, and by SHA-256 "
+            f"{rows} of their recipes are the same, in the same order: {'; '.join(agreed)}."
         )
 
 

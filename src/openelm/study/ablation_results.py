@@ -8,13 +8,14 @@ from typing import Any
 
 from openelm.environment import environment
 from openelm.files import write_json
-from openelm.report.run_files import column, number, read_run, tokens_at
+from openelm.report.run_files import number, read_run
 from openelm.study import ablation_report
 from openelm.study.ablation import Trial
-from openelm.study.ablation_runs import SCORE, Runs, Start
+from openelm.study.ablation_runs import Runs, Start, read_mapping
 from openelm.study.processes import Task, last_lines, say
 
 RESULTS = "results.json"
+COUNTED = ("documents", "kept", "pieces", "bytes", "tokens")  # by a run, of what it read
 CONTEXT, REPEATS = 64, 5  # of the generation that is measured: tokens made behind as many
 
 
@@ -27,13 +28,16 @@ def write(runs: Runs, *, pictures: bool) -> dict[str, Any]:
 
 
 def measure_generation(runs: Runs, start: Start) -> None:
-    """How fast the kinds of a size generate, once all are trained: the models of one seed, in turns."""
+    """How fast the kinds of a size generate: the models of a seed, in turns; again where there are others by now."""
     for size in runs.ablation.bases:
-        trials = runs.ablation.final(runs.factors())
-        kinds = {trial.label: trial for trial in reversed(trials) if trial.size == size and not trial.data}
-        if _bench(runs, size).is_file() or not all(map(runs.is_trained, kinds.values())):
+        first = {
+            trial.label: trial.name
+            for trial in reversed(runs.ablation.final(runs.factors()))
+            if trial.size == size and not trial.data and runs.is_trained(trial)
+        }
+        if not first or set(first.values()) <= _speeds(_bench(runs, size)).keys():
             continue
-        folders = [str(runs.folder(trial)) for trial in reversed(kinds.values())]
+        folders = [str(runs.out / name) for name in reversed(first.values())]
         tokens = str(min(CONTEXT, runs.ablation.model(size).max_context_length // 2))
         words = ("bench", "generate", *folders, "--context", tokens, "--tokens", tokens, "--repeats", str(REPEATS))
         words += ("--out", str(_bench(runs, size).parent), "--overwrite")
@@ -99,33 +103,42 @@ def _search(runs: Runs, factors: dict[str, float]) -> dict[str, Any] | None:
 
 def _held_out(runs: Runs) -> dict[str, int] | None:
     """How much text the runs were judged on, where any was."""
-    for file in runs.out.glob(f"*/{SCORE}"):
-        score = json.loads(file.read_text(encoding="utf-8"))
+    trials = [*runs.ablation.tuning(), *runs.ablation.final(runs.factors())]
+    for trial in filter(runs.is_trained, trials):
+        score = runs.score(trial)
         return {"bytes": score["bytes"], "tokens": score["tokens"]}
     return None
 
 
 def _record(runs: Runs, trial: Trial, flops_per_token: int) -> dict[str, Any]:
     """A run: its seed, and its figures once it is trained."""
-    record: dict[str, Any] = {"seed": trial.seed, "bits_per_byte": None, "failure": runs.failures.get(trial, "")}
+    record: dict[str, Any] = {"seed": trial.seed, "bits_per_byte": None, "failure": runs.failure(trial)}
     if not runs.is_trained(trial):
         return record
     files, score = read_run(runs.folder(trial)), runs.score(trial)
-    checks = files.of_kind("validation")
     tokens = number(files.summary.get("tokens")) or 0.0
+    data, train = runs.ablation.bases[trial.size].data, runs.ablation.bases[trial.size].train
+    counted = files.of_kind("data")[-1:] or [{}]
+    # By tokens of whole rows, which are the same for all seeds; a few of them, at the seams of pieces, are no targets.
+    curve = [
+        [entry["step"] * train.global_batch * data.row_length, entry["bits_per_byte"]]
+        for entry in files.of_kind("validation")
+        if number(entry.get("bits_per_byte")) is not None
+    ]
     return {
         **record,
         **{key: score[key] for key in ("bits_per_byte", "rows_sha256", "rows_hashed")},
         "tokens": int(tokens),
         "flops": tokens * flops_per_token,
         "elapsed_s": number(files.summary.get("elapsed_s")),
-        "curve": [list(pair) for pair in zip(tokens_at(files, checks), column(checks, "bits_per_byte"), strict=True)],
+        "counted": {key: counted[0].get(key) for key in COUNTED},
+        "curve": curve,
     }
 
 
 def _speeds(file: Path) -> dict[str, dict[str, Any]]:
     """Tokens per second by run folder, as the bench found them."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    rows = read_mapping(file, json.loads)["rows"] if file.is_file() else []
     return {
         row["name"]: {
             "tokens_per_s": speed["median"],

@@ -86,10 +86,10 @@ def start_processes(
             child.terminate()
         for _, child in running:
             child.wait()
-    if stopped is not None:
-        task, code = stopped
+    if stopped is not None or came:  # a signal may come when none runs
+        see, code = (f", see {stopped[0].log}", stopped[1]) if stopped else ("", STOPPED)
         why = f"{signal.Signals(came[0]).name}: " if came else ""
-        raise Stopped(f"{why}stopped, see {task.log}: give the same command again to go on there", code or STOPPED)
+        raise Stopped(f"{why}stopped{see}: give the same command again to go on there", code or STOPPED)
 
 
 def last_lines(log: Path, begin: int) -> str:
