@@ -137,7 +137,7 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] == "sweep":  # it says what it would run: runs of its own take a process each
         return [word.removeprefix("/") for word in words] + ["--commands"]
     if words[0] == "ablate":  # the runs themselves: tests/study/test_ablation.py
-        more = [] if "--commands" in words or "--dry-run" in words else ["--dry-run"]
+        more = [OWN_TOKENIZER] if "--commands" in words else [] if "--dry-run" in words else ["--dry-run"]
         return [word.removeprefix("/") for word in words] + more
     if words[0] == "serve":
         return [*words, "--port", "0"]
