@@ -16,6 +16,8 @@ from openelm.bench import generate, needs
 from openelm.bench.generate import Machine, cases, own_entry
 from openelm.bench.models import Models, file_bytes, given, named, stored_bytes
 from openelm.bench.needs import available_memory, check_memory
+from openelm.bench.norms import set_shares
+from openelm.bench.results import Row
 from openelm.bench.rounds import Case, Plan
 from openelm.bench.runners import norms, ours
 from openelm.commands import bench_speed
@@ -285,3 +287,14 @@ def test_an_option_of_several_values_may_be_given_again() -> None:
     assert (given.environment, given.peers, given.context) == (["a=1", "b=2", "c=3"], ["ours", "llama.cpp"], [64])
     again = parser.parse_args(["peers"])
     assert (again.environment, again.peers, again.context) == ([], [], [])
+
+
+@pytest.mark.parametrize(("of_roof", "bound"), [(0.75, 0.25), (1.0, 0.0), (1.23, None), (None, None)])
+def test_norms_of_the_native_decoder_are_bounded_where_the_roof_is_one(
+    monkeypatch: pytest.MonkeyPatch, of_roof: float | None, bound: float | None
+) -> None:
+    """Reading faster than the memory was measured says that the measure was wrong, and not that norms cost nothing."""
+    monkeypatch.setattr("openelm.bench.norms.share_of_bandwidth", lambda *_: of_roof)
+    row = Row("270M", "35+128", about={"engine": "native"})
+    set_shares(row, named("270M", 200), {})
+    assert row.about.get("norm_share_at_most") == bound and row.about["invocations"] == 65

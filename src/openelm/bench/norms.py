@@ -86,8 +86,8 @@ def set_shares(row: Row, model: Model, found: dict[str, Any]) -> None:
         layers = model.config.num_transformer_layers
         row.about["invocations"] = (4 if model.config.normalize_qk_projections else 2) * layers + 1
         of_roof = share_of_bandwidth(Result("norms", "", {}, [row], found, environment={}), row)
-        if of_roof is not None:
-            row.about["norm_share_at_most"] = max(0.0, 1 - of_roof)
+        if of_roof is not None and of_roof <= 1:  # above it, the roof that was measured is none, and bounds nothing
+            row.about["norm_share_at_most"] = 1 - of_roof
 
 
 def explanation(rows: list[Row]) -> list[str]:
